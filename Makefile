@@ -1,0 +1,77 @@
+# `make demo`, `make test`, `make check` and `make bench` set up what they need; `make help` lists the targets.
+PYTHON ?= python3.11
+PROFILE ?= $(if $(wildcard /proc/driver/nvidia/version),cuda,cpu)
+CONFIG ?= configs/demo.yaml
+UV_VERSION := 0.13.9
+VENV := .venv
+BIN := $(VENV)/bin
+# One stamp per stage: a stage runs again only when what it reads has changed.
+UV := $(VENV)/.uv-$(UV_VERSION)
+LOCKED := $(VENV)/.locked-$(PROFILE)
+EDITABLE := $(VENV)/.editable-$(PROFILE)
+SLOW := $(VENV)/.slow-$(PROFILE)
+TARGETS := trace workers launch tests benchmarks setup.py
+INSTALL := sh launch/setup/install.sh $(BIN)
+
+.PHONY: help setup demo check test test-slow bench build base-model lock clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@echo "  variables: PYTHON=$(PYTHON) PROFILE=$(PROFILE) (cpu|cuda) CONFIG=$(CONFIG)"
+
+setup: $(EDITABLE)  ## make .venv with everything in it; does nothing when it is up to date
+
+demo: setup  ## train the built-in arithmetic model with TRACE and watch it get better (CONFIG=... for another run)
+	$(BIN)/trace-rl train $(CONFIG)
+
+check: setup  ## lint, format, types, floors
+	$(BIN)/ruff check $(wildcard $(TARGETS))
+	$(BIN)/ruff format --check $(wildcard $(TARGETS))
+	$(BIN)/python launch/setup/view.py
+	cd build/view && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p trace_rl
+	cd build/view && ../../$(BIN)/lint-imports
+
+test: setup  ## every test that is not marked slow
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: setup $(SLOW)  ## the tests marked slow; installs a real 135 M model (98 MB) and reasoning-gym
+	$(BIN)/python -m pytest -m slow
+
+bench: setup  ## every benchmark in benchmarks/
+	@set -e; for script in benchmarks/bench_*.py; do \
+	  [ -e "$$script" ] || { echo "no benchmarks/bench_*.py to run" >&2; exit 1; }; \
+	  echo "$$script"; $(BIN)/python "$$script"; done
+
+build: setup  ## wheel and source archive in dist/
+	rm -rf build/lib build/bdist.*
+	$(BIN)/python -m build --no-isolation --outdir dist .
+
+base-model: setup  ## remake the shipped base model of the arithmetic task
+	$(BIN)/python -m trace_rl.launch.arithmetic_base
+
+lock: $(UV)  ## compile requirements/*.lock again from setup.py
+	sh launch/setup/lock.sh $(BIN)
+
+clean:  ## remove .venv, build products and caches; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find trace workers launch configs tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(UV):
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "Python 3.11 is needed, %s is %s: set PYTHON=..." % (sys.executable, sys.version.split()[0]))'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv==$(UV_VERSION)
+	touch $@
+
+$(LOCKED): $(UV) launch/setup/install.sh requirements/$(PROFILE).lock requirements/overrides-$(PROFILE).txt requirements/flash-attn.txt
+	$(INSTALL) --override requirements/overrides-$(PROFILE).txt -r requirements/$(PROFILE).lock
+	if [ $(PROFILE) = cuda ]; then $(INSTALL) --no-deps --no-build-isolation -r requirements/flash-attn.txt; fi
+	rm -f $(VENV)/.locked-* && touch $@
+
+$(EDITABLE): $(LOCKED) setup.py pyproject.toml
+	$(INSTALL) --no-deps --no-build-isolation --editable .
+	rm -f $(VENV)/.editable-* && touch $@
+
+$(SLOW): $(LOCKED) requirements/slow-tests.lock requirements/overrides-slow-tests.txt
+	$(INSTALL) --override requirements/overrides-slow-tests.txt --override requirements/overrides-$(PROFILE).txt -r requirements/slow-tests.lock
+	touch $@

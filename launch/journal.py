@@ -1,0 +1,116 @@
+"""Where a run leaves its trace: metrics.jsonl, sampled rollouts with their spans, trackers, and the display.
+
+The only clock of a run. Metrics of one step are one JSON object a line; every time ends in `_s`, so that two runs of
+one seed can be compared by leaving those out.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from trace_rl.batch import RoutedRollout
+from trace_rl.config.roles import Logging
+from trace_rl.launch.display import Display
+from trace_rl.launch.run_folder import RunFolder
+from trace_rl.launch.summary import Evaluation
+from trace_rl.launch.trackers import Tracker
+from trace_rl.protocols import Metrics
+
+PASS_AT_1 = "heldout/pass_at_1"
+
+
+class RunJournal:
+    """Implements `trace_rl.protocols.Journal`."""
+
+    def __init__(self, folder: RunFolder, settings: Logging, display: Display, trackers: Sequence[Tracker]) -> None:
+        self._folder = folder
+        self._settings = settings
+        self._display = display
+        self._trackers = trackers
+        self._stages: dict[str, float] = {}
+
+    @property
+    def evaluations(self) -> list[Evaluation]:
+        """Every evaluation in order; read from the file, so that a resumed run knows those before it."""
+        if not self._folder.metrics.exists():
+            return []
+        lines = self._folder.metrics.read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines]
+        return [
+            Evaluation(record["step"], record[PASS_AT_1], round(record["heldout/samples"]))
+            for record in records
+            if PASS_AT_1 in record
+        ]
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self._display.stage(name)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._stages[f"time/{name}_s"] = time.perf_counter() - started
+
+    def log_step(self, step: int, metrics: Metrics) -> None:
+        record = {**metrics, **self._take_stages()}
+        record["time/step_s"] = sum(value for name, value in record.items() if name.startswith("time/"))
+        self._write(step, record)
+        self._display.step(step, record)
+
+    def log_evaluation(self, step: int, metrics: Metrics) -> None:
+        record = {**metrics, **self._take_stages()}
+        self._write(step, record)
+        self._display.evaluation(step, record)
+
+    def log_rollouts(self, step: int, routed: Sequence[RoutedRollout]) -> None:
+        every = self._settings.rollouts_every
+        if not every or step % every:
+            return
+        self._folder.rollouts.mkdir(exist_ok=True)
+        with (self._folder.rollouts / f"step-{step:06d}.jsonl").open("w", encoding="utf-8") as file:
+            for item in routed[: self._settings.rollouts_per_step]:
+                file.write(json.dumps(_rollout_record(item), ensure_ascii=False) + "\n")
+
+    def close(self) -> None:
+        for tracker in self._trackers:
+            tracker.close()
+
+    def _take_stages(self) -> dict[str, float]:
+        stages, self._stages = self._stages, {}
+        return stages
+
+    def _write(self, step: int, record: Metrics) -> None:
+        with self._folder.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **record}) + "\n")
+        for tracker in self._trackers:
+            tracker.log(step, record)
+
+
+def _rollout_record(item: RoutedRollout) -> dict[str, Any]:
+    graded = item.annotated.graded
+    rollout = graded.rollout
+    return {
+        "prompt_id": rollout.prompt.prompt_id,
+        "sample": rollout.sample,
+        "policy_version": rollout.policy_version,
+        "question": rollout.prompt.question,
+        "answer": rollout.prompt.answer,
+        "response": rollout.text,
+        "token_ids": list(rollout.token_ids),
+        "finish_reason": rollout.finish_reason,
+        "reward": graded.reward,
+        "grade_cause": graded.cause,
+        "advantage": item.advantage,
+        "annotation_cause": item.annotated.cause,
+        "spans": [
+            {"start": span.start, "end": span.end, "class": span.span_class, "type": span.type}
+            for span in item.annotated.spans
+        ],
+        "pg_weight": item.pg_weight.tolist(),
+        "kl_weight": item.kl_weight.tolist(),
+        "route_index": item.route_index.tolist(),
+    }

@@ -1,0 +1,41 @@
+"""Peak memory of a run: the process tree of the driver, sampled in the background."""
+
+from __future__ import annotations
+
+import threading
+
+import psutil
+
+
+def tree_memory_gib() -> float:
+    """Memory of this process and all its descendants; shared pages are split among those who share them (PSS)."""
+    process = psutil.Process()
+    total = 0
+    for each in [process, *process.children(recursive=True)]:
+        try:
+            total += each.memory_full_info().pss
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return total / 2**30
+
+
+class MemoryWatch:
+    """Samples `tree_memory_gib` every `interval_s` seconds until it is stopped."""
+
+    def __init__(self, interval_s: float = 5.0) -> None:
+        self.peak_gib = 0.0
+        self._interval_s = interval_s
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="memory-watch", daemon=True)
+
+    def __enter__(self) -> MemoryWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join(timeout=10)
+
+    def _watch(self) -> None:
+        while not self._done.wait(self._interval_s):
+            self.peak_gib = max(self.peak_gib, tree_memory_gib())

@@ -1,0 +1,64 @@
+"""Where the model of a run lies, and its tokenizer; everything that can be refused before a worker is started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trace_rl.config.roles import Model
+from trace_rl.errors import ModelError, first_line
+from trace_rl.tasks.arithmetic import base_model_path
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+EMBEDDED = "task:arithmetic"
+
+
+def resolve_model(model: Model) -> Model:
+    """Replace `task:arithmetic` by the folder of the embedded base model, and relative folders by absolute ones.
+
+    Raises:
+        ModelError: the path looks like a folder and is none.
+    """
+    if model.path == EMBEDDED:
+        return model.model_copy(update={"path": str(base_model_path())})
+    folder = Path(model.path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"model.path {model.path!r} has no config.json; give a folder in Hugging Face format")
+        return model.model_copy(update={"path": str(folder.resolve())})
+    looks_local = folder.is_absolute() or model.path.startswith((".", "~")) or model.path.count("/") != 1
+    if looks_local:
+        raise ModelError(
+            f"model.path {model.path!r} is not a folder; give a folder in Hugging Face format, a hub name such as "
+            f"Qwen/Qwen3-1.7B, or {EMBEDDED!r}"
+        )
+    return model
+
+
+def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
+    """The tokenizer of a resolved model.
+
+    Raises:
+        ModelError: there is none, or it has no chat template or end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"no tokenizer loads from model.path {model.path!r} ({first_line(error)})") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without its files
+        raise ModelError(
+            f"no tokenizer could be loaded from model.path {model.path!r} (it has no vocabulary); put tokenizer.json "
+            "and tokenizer_config.json beside config.json"
+        )
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"the tokenizer in {model.path!r} has no chat template, which both prompts are rendered with; use an "
+            "instruction-tuned model, or put a chat_template.jinja beside its tokenizer files"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer in {model.path!r} has no end-of-sequence token; set eos_token in its config")
+    return tokenizer

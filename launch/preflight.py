@@ -1,0 +1,132 @@
+"""Checks that need files, a tokenizer or the data, made before Ray or any worker is started.
+
+Each failure is one sentence with the place and a suggestion. `RunConfig`'s own validators have run already.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trace_rl.batch import Prompt
+from trace_rl.config.roles import Model
+from trace_rl.config.run import RunConfig
+from trace_rl.errors import ConfigError, DataError, ModelError
+from trace_rl.launch.model_files import load_tokenizer, resolve_model
+from trace_rl.launch.prompt_sources import error_rule, open_source, peek
+from trace_rl.launch.trackers import check_installed
+from trace_rl.prompts import PromptEncoder
+from trace_rl.protocols import ErrorRule, PromptSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_NUM_CANARIES = 4
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What the checks had to open anyway, for the run to use."""
+
+    config: RunConfig
+    """With model.path resolved to a folder or a hub name."""
+    tokenizer: PreTrainedTokenizerBase
+    prompts: PromptSource
+    encoder: PromptEncoder
+    rule: ErrorRule
+    max_model_len: int
+    """Longest sequence of the student's side, in tokens: what an engine has to hold."""
+    canaries: tuple[tuple[int, ...], ...]
+    """Token sequences whose log-probs prove the weights of an engine."""
+
+
+def check(config: RunConfig) -> Ready:
+    """Open and check everything that a run depends on.
+
+    Raises:
+        ConfigError, DataError, ModelError: with one sentence for the user.
+    """
+    check_installed(config.logging)
+    config = config.model_copy(update={"model": resolve_model(config.model)})
+    prompts = open_source(config)
+    tokenizer = load_tokenizer(config.model)
+    rule = error_rule(config)
+    encoder = PromptEncoder(
+        tokenizer, config.data.system_prompt, config.model.chat_template_kwargs, config.teacher, tuple(rule.types)
+    )
+    first = peek(prompts, config.sampling.prompts_per_step)
+    _check_template(encoder, first[0])
+    heldout = list(prompts.heldout(config.evaluation.num_prompts))
+    if config.evaluation.every and not heldout:
+        raise DataError(
+            "evaluation.every asks for evaluations, but there are no held-out rows; set data.heldout_rows or "
+            "data.heldout_path, or evaluation.every=0"
+        )
+    longest_teacher = _check_prompts(config, encoder, rule, [*_known_prompts(prompts), *first, *heldout])
+    max_model_len = config.max_sequence_tokens
+    _check_positions(config.model, max(max_model_len, longest_teacher + config.sampling.max_response_tokens))
+    if config.needs_teacher:
+        _check_pair(encoder, first[0])
+    canaries = tuple(encoder.student_ids(prompt) for prompt in (heldout or first)[:_NUM_CANARIES])
+    return Ready(config, tokenizer, prompts, encoder, rule, max_model_len, canaries)
+
+
+def _known_prompts(source: PromptSource) -> Sequence[Prompt]:
+    """All training prompts of a finite source; an endless one is judged by its first step."""
+    return getattr(source, "train_prompts", ())
+
+
+def _check_template(encoder: PromptEncoder, prompt: Prompt) -> None:
+    """Refuse a chat template that cannot render the run's turns with the run's arguments."""
+    from jinja2.exceptions import TemplateError
+
+    try:
+        encoder.student_ids(prompt)
+    except (TemplateError, TypeError) as error:
+        raise ModelError(
+            f"the chat template cannot render a prompt with data.system_prompt = {encoder.system_prompt!r} and "
+            f"model.chat_template_kwargs = {dict(encoder.chat_template_kwargs)} ({error}); change these two settings"
+        ) from error
+
+
+def _check_prompts(config: RunConfig, encoder: PromptEncoder, rule: ErrorRule, prompts: Sequence[Prompt]) -> int:
+    """Refuse a student prompt beyond the budget; return the length of the longest teacher prompt."""
+    budget = config.sampling.max_prompt_tokens
+    longest_teacher = 0
+    for prompt in {id(prompt): prompt for prompt in prompts}.values():  # ids of held-out rows may repeat
+        length = len(encoder.student_ids(prompt))
+        if length > budget:
+            raise DataError(
+                f"prompt {prompt.prompt_id} has {length} tokens with the chat template, but "
+                f"sampling.max_prompt_tokens is {budget}; raise the budget or drop the row"
+            )
+        if config.needs_teacher:
+            longest_teacher = max(longest_teacher, len(encoder.teacher_ids(prompt, rule.types)))
+    return longest_teacher
+
+
+def _check_positions(model: Model, needed: int) -> None:
+    """Refuse sequences beyond the positions that the model was made for."""
+    file = Path(model.path) / "config.json"
+    if not file.is_file():  # a hub name: the engine checks it after the download
+        return
+    limit = json.loads(file.read_text(encoding="utf-8")).get("max_position_embeddings")
+    if limit is not None and needed > limit:
+        raise ConfigError(
+            f"the longest sequence (prompt with its privileged context, and response) may have {needed} tokens, but "
+            f"{model.path} has max_position_embeddings = {limit}; lower sampling.max_prompt_tokens or "
+            "sampling.max_response_tokens"
+        )
+
+
+def _check_pair(encoder: PromptEncoder, prompt: Prompt) -> None:
+    """Student and teacher prompts must differ in the user's text only: same template, same turn markers."""
+    student, teacher = encoder.student_ids(prompt), encoder.teacher_ids(prompt, ["a type"])
+    if student[0] != teacher[0] or student[-1] != teacher[-1]:
+        raise ModelError(
+            f"student and teacher prompts of {prompt.prompt_id} do not start and end with the same template tokens "
+            f"({student[0]}..{student[-1]} against {teacher[0]}..{teacher[-1]}); check the chat template"
+        )

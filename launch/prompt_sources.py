@@ -1,0 +1,100 @@
+"""Opens what `data.path` names: the embedded task, a JSONL file, or a Hugging Face data set from disk or hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trace_rl.batch import Prompt
+from trace_rl.config.run import RunConfig
+from trace_rl.data import ArithmeticSource, RowSource, read_jsonl, split_heldout, to_prompts
+from trace_rl.errors import DataError, first_line
+from trace_rl.launch.model_files import EMBEDDED
+from trace_rl.protocols import ErrorRule, PromptSource
+from trace_rl.tasks.arithmetic import ArithmeticRule
+from trace_rl.tasks.equations import EquationRule
+
+_HUB_PREFIX = "hf:"
+
+
+def open_source(config: RunConfig) -> PromptSource:
+    """The training and held-out prompts of a run.
+
+    Raises:
+        DataError: a file is missing or malformed, or a row lacks its question or answer; names file and line.
+    """
+    data = config.data
+    if data.path == EMBEDDED:
+        return ArithmeticSource(data.task, config.run.seed)
+    prompts = to_prompts(_rows(data.path, data.split), data.question_suffix)
+    if data.heldout_path is None:
+        train, heldout = split_heldout(prompts, data.heldout_rows)
+    else:
+        train, heldout = prompts, to_prompts(_rows(data.heldout_path, data.split), data.question_suffix)
+        _refuse_overlap(train, heldout)
+    return RowSource(train, heldout, config.run.seed)
+
+
+def _refuse_overlap(train: Sequence[Prompt], heldout: Sequence[Prompt]) -> None:
+    questions = {prompt.question for prompt in train}
+    shared = [prompt.prompt_id for prompt in heldout if prompt.question in questions]
+    if shared:
+        raise DataError(
+            f"{len(shared)} of {len(heldout)} questions in data.heldout_path are training questions too (first: "
+            f"{shared[0]}); remove them from one of the two, or leave data.heldout_path out to have rows set aside"
+        )
+
+
+def error_rule(config: RunConfig) -> ErrorRule:
+    """The rule of the oracle annotator: the task's own, or the equation rule for other data."""
+    return ArithmeticRule() if config.data.path == EMBEDDED else EquationRule()
+
+
+def peek(source: PromptSource, count: int) -> list[Prompt]:
+    """The next training prompts, without moving the position."""
+    position = source.position()
+    prompts = list(source.take(count))
+    source.seek(position)
+    return prompts
+
+
+def _rows(path: str, split: str) -> list[tuple[str, Mapping[str, Any]]]:
+    if path.startswith(_HUB_PREFIX):
+        return _dataset_rows(path, _load_from_hub(path.removeprefix(_HUB_PREFIX), split))
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return _dataset_rows(path, _load_from_disk(folder, split))
+    return read_jsonl(folder)
+
+
+def _dataset_rows(path: str, dataset: Any) -> list[tuple[str, Mapping[str, Any]]]:
+    return [(f"{path}[{index}]", row) for index, row in enumerate(dataset)]
+
+
+def _load_from_disk(folder: Path, split: str) -> Any:
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        dataset = load_from_disk(str(folder))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"folder {folder} is not a data set written by datasets.save_to_disk ({error}); give a JSONL file instead"
+        ) from error
+    if isinstance(dataset, DatasetDict):
+        if split not in dataset:
+            raise DataError(f"{folder} has no split {split!r}, only {', '.join(dataset)}; set data.split")
+        return dataset[split]
+    return dataset
+
+
+def _load_from_hub(name: str, split: str) -> Any:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(name, split=split)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"data set {name!r} (split {split!r}) does not load from the hub ({first_line(error)}); without network "
+            "access, download it elsewhere, save it with datasets.save_to_disk and give that folder in data.path"
+        ) from error

@@ -1,0 +1,86 @@
+"""Starts the actors of a run and wires them into the `Roles` that the loop talks to.
+
+Actors are created together and waited for afterwards, so their start-up overlaps. A method without routes starts
+neither annotator nor teacher.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+
+from trace_rl.absent import AbsentAnnotator, AbsentTeacher
+from trace_rl.config.roles import Resources
+from trace_rl.launch.journal import RunJournal
+from trace_rl.launch.preflight import Ready
+from trace_rl.launch.run_folder import RunCheckpoints, RunFolder
+from trace_rl.loop import Roles
+from trace_rl.protocols import Annotator, Teacher
+from trace_rl.workers.annotator import OracleAnnotator, RayAnnotator, detokenizer_of
+from trace_rl.workers.generator import GeneratorEngine, VllmGenerator
+from trace_rl.workers.learner import DeepSpeedLearner
+from trace_rl.workers.rewarder import MAX_CONCURRENT_CALLS, MathRewarder, RayGrader
+from trace_rl.workers.teacher import RayTeacher, TeacherModel
+from trace_rl.workers.waiting import wait_for
+from trace_rl.workers.weight_sender import transfer_backend
+from trace_rl.workers.weight_sync import ProvenWeightSync, canary_sequences
+
+
+def start_roles(ready: Ready, folder: RunFolder, journal: RunJournal) -> tuple[Roles, RunCheckpoints]:
+    """Start every role that the configured method needs, and wait until all of them are ready.
+
+    Raises:
+        WorkerError: a role was not ready within placement.start_timeout_s; names it and the first cause.
+    """
+    config = ready.config
+    engines = [_start_engine(index, ready) for index in range(config.generator.num_engines)]
+    rewarder = _actor(MathRewarder, config.placement.rewarder, max_concurrency=MAX_CONCURRENT_CALLS).remote(
+        config.rewarder
+    )
+    started = {f"generator engine {index}": engine for index, engine in enumerate(engines)} | {"the rewarder": rewarder}
+    if config.needs_teacher:
+        teacher_actor = _actor(TeacherModel, config.placement.teacher).remote(config.model, config.teacher)
+        annotator_actor = _actor(OracleAnnotator, config.placement.annotator).remote(
+            detokenizer_of(ready.tokenizer), config.annotator, ready.rule
+        )
+        started |= {"the teacher": teacher_actor, "the annotator": annotator_actor}
+    learner = DeepSpeedLearner(config, folder.path)
+    for name, actor in started.items():
+        wait_for(actor.ready.remote(), config.placement.start_timeout_s, name, "starting")
+    annotator: Annotator = AbsentAnnotator()
+    teacher: Teacher = AbsentTeacher()
+    if config.needs_teacher:
+        teacher = RayTeacher(teacher_actor, learner, config.teacher.weights, config.placement.step_timeout_s)
+        annotator = RayAnnotator(annotator_actor, config.annotator)
+    canary = [*ready.canaries, *canary_sequences(len(ready.tokenizer))]
+    checkpoints = RunCheckpoints(folder, learner, teacher, config.run.keep_checkpoints)
+    roles = Roles(
+        prompts=ready.prompts,
+        encoder=ready.encoder,
+        generator=VllmGenerator(engines, config.sampling.max_response_tokens, config.placement.step_timeout_s),
+        grader=RayGrader(rewarder, config.rewarder),
+        annotator=annotator,
+        teacher=teacher,
+        learner=learner,
+        weight_sync=ProvenWeightSync(learner, engines, canary, config.sync),
+        journal=journal,
+        checkpoints=checkpoints,
+    )
+    return roles, checkpoints
+
+
+def _start_engine(index: int, ready: Ready) -> Any:
+    config = ready.config
+    return _actor(GeneratorEngine, config.placement.generator).remote(
+        index=index,
+        model=config.model,
+        settings=config.generator,
+        max_model_len=ready.max_model_len,
+        backend=transfer_backend(config.sync, config.placement),
+        seed=config.run.seed,
+    )
+
+
+def _actor(role: type, resources: Resources, **options: Any) -> Any:
+    return ray.remote(role).options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, **options)

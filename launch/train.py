@@ -1,0 +1,110 @@
+"""One training run from a resolved configuration to its summary: checks, folder, Ray, roles, loop, last words."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+from trace_rl.config.run import RunConfig
+from trace_rl.errors import CheckpointError
+from trace_rl.launch import preflight
+from trace_rl.launch.cluster import ray_session
+from trace_rl.launch.display import Display
+from trace_rl.launch.journal import RunJournal
+from trace_rl.launch.memory import MemoryWatch
+from trace_rl.launch.roles import start_roles
+from trace_rl.launch.run_folder import RunFolder, open_run_folder, trim_metrics, write_config
+from trace_rl.launch.summary import Outcome, summarise_run
+from trace_rl.launch.trackers import open_trackers
+from trace_rl.loop import train
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: RunConfig, console: Console) -> Outcome:
+    """Train as configured; everything that is left behind lies in the run folder.
+
+    Raises:
+        TraceError: with one sentence for the user; checkpoints and metrics written so far stay.
+    """
+    ready = preflight.check(config)
+    folder = open_run_folder(config)
+    started = time.monotonic()
+    with _logging_to(folder, console):
+        write_config(folder, config)
+        console.print(_headline(config, folder), markup=False, highlight=False, soft_wrap=True)
+        display = Display(console, config.run.steps)
+        journal = RunJournal(folder, config.logging, display, open_trackers(config, folder.path))
+        try:
+            with MemoryWatch() as memory, ray_session(ready.config, folder.worker_logs), display:
+                _train(ready, folder, journal, display)
+        except BaseException as error:
+            logger.info("the run ended early: %s", error, exc_info=True)
+            raise
+        finally:
+            journal.close()
+    outcome = Outcome(journal.evaluations, time.monotonic() - started, memory.peak_gib)
+    summary = summarise_run(config, folder, outcome)
+    folder.summary.write_text(summary, encoding="utf-8")
+    console.print(summary, markup=False, highlight=False, soft_wrap=True)
+    return outcome
+
+
+def _train(ready: preflight.Ready, folder: RunFolder, journal: RunJournal, display: Display) -> None:
+    """Start the roles, go on from the newest checkpoint where that is asked for, and run the loop."""
+    started = time.monotonic()
+    display.stage("starting the roles")
+    roles, checkpoints = start_roles(ready, folder, journal)
+    display.note(f"all roles ready after {time.monotonic() - started:.0f} s")
+    start_step = 0
+    if ready.config.run.resume == "auto" and folder.complete_checkpoints():
+        start_step, position = checkpoints.load_newest()
+        try:
+            roles.prompts.seek(position)
+        except KeyError as error:
+            raise CheckpointError(
+                f"the checkpoint after step {start_step} holds the data position {position}, which does not belong to "
+                f"data.path={ready.config.data.path!r} (no {error}); resume with the data of the run, or start anew"
+            ) from error
+        display.resume(start_step)
+        display.note(f"resumed after {start_step} steps from {folder.checkpoints}")
+    trim_metrics(folder, start_step)
+    train(ready.config, roles, start_step)
+
+
+@contextmanager
+def _logging_to(folder: RunFolder, console: Console) -> Iterator[None]:
+    """Send every log line of the driver to run.log, and warnings to the terminal too."""
+    to_file = logging.FileHandler(folder.log, encoding="utf-8")
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    to_terminal = RichHandler(logging.WARNING, console, show_time=False, show_path=False)
+    root = logging.getLogger()
+    logging.getLogger("trace_rl").setLevel(logging.INFO)
+    for handler in (to_file, to_terminal):
+        root.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in (to_file, to_terminal):
+            root.removeHandler(handler)
+        to_file.close()
+
+
+def _headline(config: RunConfig, folder: RunFolder) -> str:
+    """What is about to happen, with the batch arithmetic."""
+    sampling, routes = config.sampling, config.algorithm.routes
+    method = "GRPO" + "".join(f" + {route.action} on {name}" for name, route in routes.items())
+    rollouts = sampling.prompts_per_step * sampling.samples_per_prompt
+    return (
+        f"{config.run.name}: {method}, {config.run.steps} steps\n"
+        f"  model {config.model.path} ({config.model.dtype}), data {config.data.path}\n"
+        f"  {sampling.prompts_per_step} prompts x {sampling.samples_per_prompt} samples = {rollouts} rollouts of at "
+        f"most {sampling.max_response_tokens} tokens a step, "
+        f"{config.learner.minibatches_per_step} optimizer step(s) on them\n"
+        f"  writing to {folder.path}"
+    )

@@ -1,0 +1,213 @@
+"""The generator against a Hugging Face model (log-probs, seeds, stop tokens), and how engine failures are reported."""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from trace_rl.batch import Prompt, Rollout, RolloutRequest
+from trace_rl.config.roles import GeneratorSettings, Model
+from trace_rl.errors import WeightSyncError, WorkerError
+from trace_rl.workers.generator import GeneratorEngine, VllmGenerator, split_by_prompt
+
+TEMPERATURE = 0.7
+MAX_TOKENS = 24
+
+
+def make_requests(num_prompts: int, samples: int, prompt_length: int = 20) -> list[RolloutRequest]:
+    return [
+        RolloutRequest(
+            prompt=Prompt(f"p{number}", "question", "answer"),
+            sample=sample,
+            prompt_token_ids=tuple(40 + (7 * number + 3 * t) % 250 for t in range(prompt_length)),
+            seed=1000 * number + sample,
+        )
+        for number in range(num_prompts)
+        for sample in range(samples)
+    ]
+
+
+def hf_logprobs(model: Any, token_ids: Sequence[int], start: int, temperature: float) -> np.ndarray:
+    """log p(token_ids[t] | token_ids[:t]) for t >= start, computed by transformers."""
+    with torch.no_grad():
+        logits = model(torch.tensor([list(token_ids)])).logits[0].float() / temperature
+    logprobs = torch.log_softmax(logits, dim=-1)
+    return np.array([logprobs[t - 1, token_ids[t]].item() for t in range(start, len(token_ids))])
+
+
+@pytest.fixture(scope="module")
+def model_and_engine(
+    local_ray: None, build_tiny_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Any, Any]]:
+    folder = tmp_path_factory.mktemp("tiny")
+    model = build_tiny_model(folder, tied=True)
+    settings = Model(path=str(folder), dtype="float32")
+    engine = (
+        ray.remote(GeneratorEngine)
+        .options(num_cpus=1)
+        .remote(0, settings, GeneratorSettings(), max_model_len=256, backend="gloo", loaded_version=7)
+    )
+    assert ray.get(engine.ready.remote(), timeout=120) == "generator engine 0"
+    yield model, engine
+    ray.kill(engine)
+
+
+@pytest.fixture(scope="module")
+def rollouts(model_and_engine: tuple[Any, Any]) -> list[Rollout]:
+    generator = VllmGenerator([model_and_engine[1]], MAX_TOKENS, timeout_s=120)
+    return list(generator.generate(make_requests(8, 4), TEMPERATURE))
+
+
+@pytest.mark.engine
+def test_logprobs_are_those_of_the_sampling_distribution(
+    model_and_engine: tuple[Any, Any], rollouts: list[Rollout]
+) -> None:
+    model, _ = model_and_engine
+    for rollout in rollouts:
+        sequence = rollout.prompt_token_ids + rollout.token_ids
+        expected = hf_logprobs(model, sequence, len(rollout.prompt_token_ids), TEMPERATURE)
+        assert np.abs(rollout.rollout_logprobs - expected).max() < 1e-4
+        untempered = hf_logprobs(model, sequence, len(rollout.prompt_token_ids), 1.0)
+        assert np.abs(rollout.rollout_logprobs - untempered).max() > 1e-2
+
+
+@pytest.mark.engine
+def test_every_request_gets_one_rollout_with_version_and_text(rollouts: list[Rollout]) -> None:
+    assert sorted(rollout.key for rollout in rollouts) == [(f"p{n}", s) for n in range(8) for s in range(4)]
+    for rollout in rollouts:
+        assert rollout.policy_version == 7
+        assert rollout.rollout_logprobs.shape == (len(rollout.token_ids),)
+        assert rollout.text == " ".join(f"w{token}" for token in rollout.token_ids if token > 1)
+
+
+@pytest.mark.engine
+def test_end_of_sequence_is_kept_and_decides_the_finish_reason(rollouts: list[Rollout]) -> None:
+    # Ids 1..39 of 300 end a sequence, so of 32 completions of up to 24 tokens some stop and some do not.
+    assert {rollout.finish_reason for rollout in rollouts} == {"stop", "length"}
+    for rollout in rollouts:
+        assert not any(1 <= token < 40 for token in rollout.token_ids[:-1])
+        if rollout.finish_reason == "stop":
+            assert 1 <= rollout.token_ids[-1] < 40
+        else:
+            assert len(rollout.token_ids) == MAX_TOKENS
+            assert rollout.token_ids[-1] >= 40
+
+
+@pytest.mark.engine
+def test_a_seed_gives_the_same_sample_whatever_else_is_in_the_batch(
+    model_and_engine: tuple[Any, Any], rollouts: list[Rollout]
+) -> None:
+    by_key = {rollout.key: rollout for rollout in rollouts}
+    fewer = list(reversed(make_requests(8, 4)))[::5]
+    again = list(VllmGenerator([model_and_engine[1]], MAX_TOKENS, 120).generate(fewer, TEMPERATURE))
+    assert len(again) == len(fewer)
+    for rollout in again:
+        assert rollout.token_ids == by_key[rollout.key].token_ids
+        np.testing.assert_allclose(rollout.rollout_logprobs, by_key[rollout.key].rollout_logprobs, atol=1e-4)
+    assert len({rollout.token_ids for rollout in rollouts}) > 24  # different seeds, different samples
+
+
+@pytest.mark.engine
+def test_prompts_beyond_the_token_budget_of_one_engine_step(model_and_engine: tuple[Any, Any]) -> None:
+    # 24 prompts of 200 tokens: 4800 in all, while one step takes 4096, which is no multiple of 200.
+    generator = VllmGenerator([model_and_engine[1]], MAX_TOKENS, timeout_s=60)
+    requests = make_requests(24, 1, prompt_length=200)
+    together = {rollout.key: rollout.token_ids for rollout in generator.generate(requests, TEMPERATURE)}
+    assert len(together) == 24
+    alone = [rollout for request in requests[-6:] for rollout in generator.generate([request], TEMPERATURE)]
+    assert [together[rollout.key] for rollout in alone] == [rollout.token_ids for rollout in alone]
+
+
+@pytest.mark.engine
+def test_score_matches_transformers_at_temperature_one(model_and_engine: tuple[Any, Any]) -> None:
+    model, engine = model_and_engine
+    sequences = [tuple(range(50, 90)), (3, 250, 7, 7)]
+    for sequence, scored in zip(sequences, ray.get(engine.score.remote(sequences), timeout=60), strict=True):
+        assert scored.shape == (len(sequence) - 1,)
+        assert np.abs(scored - hf_logprobs(model, sequence, 1, 1.0)).max() < 1e-4
+
+
+@pytest.mark.engine
+def test_a_prompt_that_cannot_fit_is_reported_and_the_engine_goes_on(model_and_engine: tuple[Any, Any]) -> None:
+    generator = VllmGenerator([model_and_engine[1]], MAX_TOKENS, timeout_s=60)
+    with pytest.raises(WorkerError, match="generator engine 0 failed while"):
+        list(generator.generate([*make_requests(1, 1), *make_requests(1, 1, prompt_length=300)], TEMPERATURE))
+    assert len(list(generator.generate(make_requests(1, 2), TEMPERATURE))) == 2
+
+
+class FakeEngine:
+    """Answers at once with one token a request; can die, hang, fail, lose requests or report any version."""
+
+    def __init__(self, version: int = 0, behaviour: str = "well") -> None:
+        self._version = version
+        self._behaviour = behaviour
+
+    def generate(
+        self, requests: Sequence[RolloutRequest], temperature: float, max_tokens: int
+    ) -> Iterator[list[Rollout]]:
+        if self._behaviour == "dies":
+            os._exit(1)
+        if self._behaviour == "hangs":
+            time.sleep(600)
+        if self._behaviour == "fails":
+            raise MemoryError("no memory left for the KV cache")
+        for request in requests[1:] if self._behaviour == "loses" else requests:
+            logprobs = np.zeros(1, dtype=np.float32)
+            yield [
+                Rollout(request.prompt, request.sample, (40,), (1,), logprobs, "stop", self._version, str(os.getpid()))
+            ]
+
+
+def generate_with(*engines: tuple[int, str], timeout_s: float = 30.0) -> list[Rollout]:
+    handles = [ray.remote(FakeEngine).options(num_cpus=0.1).remote(*engine) for engine in engines]
+    try:
+        return list(VllmGenerator(handles, MAX_TOKENS, timeout_s).generate(make_requests(4, 2), TEMPERATURE))
+    finally:
+        for handle in handles:
+            ray.kill(handle)
+
+
+@pytest.mark.engine
+def test_engines_share_the_work_and_keep_groups_together(local_ray: None) -> None:
+    rollouts = generate_with((3, "well"), (3, "well"))
+    assert len(rollouts) == 8
+    process_of = {(rollout.prompt.prompt_id, rollout.text) for rollout in rollouts}
+    assert len(process_of) == 4
+    assert len({process for _, process in process_of}) == 2
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("behaviour", "message"),
+    [
+        ("dies", "generator engine 1 died while"),
+        ("hangs", r"before the deadline of 3 s .* generator engine 1 \(4 rollouts missing\)"),
+        ("fails", "generator engine 1 failed while .*MemoryError: no memory left for the KV cache"),
+        ("loses", r"rollouts missing: \[0, 1\]"),
+    ],
+)
+def test_a_bad_engine_is_named(local_ray: None, behaviour: str, message: str) -> None:
+    with pytest.raises(WorkerError, match=message):
+        generate_with((0, "well"), (0, behaviour), timeout_s=3 if behaviour == "hangs" else 30)
+
+
+@pytest.mark.engine
+def test_engines_with_different_weights_are_refused(local_ray: None) -> None:
+    with pytest.raises(WeightSyncError, match="different weight versions"):
+        generate_with((4, "well"), (5, "well"))
+
+
+def test_shares_keep_prompts_together_and_are_balanced() -> None:
+    shares = split_by_prompt(make_requests(5, 3), 2)
+    # Prompts alternate: 0, 2, 4 to the first engine, 1, 3 to the second.
+    assert [[request.prompt.prompt_id for request in share[::3]] for share in shares] == [
+        ["p0", "p2", "p4"],
+        ["p1", "p3"],
+    ]
+    assert [len(share) for share in shares] == [9, 6]
+    assert split_by_prompt(make_requests(1, 2), 3)[1:] == [[], []]

@@ -1,0 +1,170 @@
+"""YAML overlays and dotted overrides: what wins, and one clear sentence with its place for every mistake."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from trace_rl.config.run import RunConfig
+from trace_rl.errors import ConfigError
+from trace_rl.overlays import dump_config, load_config
+
+BASE = """\
+model: {path: m}
+data:
+  path: d
+"""
+ROUTE = """\
+algorithm:
+  routes:
+    first:
+      selector: {rollouts: correct, tokens: key_spans}
+      action: fkl
+      schedule: {type: constant, value: 0.25}
+"""
+
+Write = Callable[[str, str], Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def write_file(name: str, text: str) -> Path:
+        file = tmp_path / name
+        file.write_text(text, encoding="utf-8")
+        return file
+
+    return write_file
+
+
+def load(write: Write, *texts: str, overrides: tuple[str, ...] = ()) -> RunConfig:
+    return load_config([write(f"{index}.yaml", text) for index, text in enumerate((BASE, *texts))], overrides)
+
+
+def refusal(write: Write, *texts: str, overrides: tuple[str, ...] = ()) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(write, *texts, overrides=overrides)
+    return str(caught.value)
+
+
+def test_later_files_win_key_by_key_and_overrides_last(write: Write) -> None:
+    config = load(
+        write,
+        "run: {steps: 5, seed: 1, name: a}",
+        "run: {steps: 6, seed: 2}",
+        overrides=("run.seed=3", "learner.optimizer.learning_rate=1e-5", "evaluation.every=0"),
+    )
+    assert (config.run.name, config.run.steps, config.run.seed) == ("a", 6, 3)
+    assert config.learner.optimizer.learning_rate == 1e-5
+    assert config.evaluation.every == 0
+
+
+def test_lists_are_replaced_as_a_whole(write: Write) -> None:
+    config = load(write, "learner: {optimizer: {betas: [0.5, 0.6]}}", overrides=("learner.optimizer.betas=[0.7, 0.8]",))
+    assert config.learner.optimizer.betas == (0.7, 0.8)
+
+
+def test_null_goes_back_to_the_default(write: Write) -> None:
+    assert load(write, "run: {steps: 5}", "run: {steps: null}").run.steps == RunConfig.model_fields["run"].default.steps
+    assert load(write, "run: {steps: 5}", overrides=("run.steps=",)).run.steps == 300
+    assert load(write, "run: {steps: 5}", "run: null").run.steps == 300
+
+
+def test_an_empty_mapping_or_the_replace_tag_drops_what_was_there(write: Write) -> None:
+    second = ROUTE.replace("first", "second")
+    assert list(load(write, ROUTE, second).algorithm.routes) == ["first", "second"]
+    assert list(load(write, ROUTE, "algorithm: {routes: {}}").algorithm.routes) == []
+    assert list(load(write, ROUTE, second.replace("routes:", "routes: !replace")).algorithm.routes) == ["second"]
+    assert list(load(write, ROUTE, overrides=("algorithm.routes={}",)).algorithm.routes) == []
+    assert list(load(write, second.replace("routes:", "routes: !replace"), ROUTE).algorithm.routes) == [
+        "second", "first",
+    ]  # fmt: skip
+
+
+def test_overrides_reach_into_a_route(write: Write) -> None:
+    config = load(
+        write,
+        ROUTE,
+        overrides=("algorithm.routes.first.clip.mode=vocab_clamp", "algorithm.routes.first.schedule.value=0.125"),
+    )
+    route = config.algorithm.routes["first"]
+    assert (route.clip.mode, route.schedule.model_dump()["value"]) == ("vocab_clamp", 0.125)
+
+
+def test_extends_is_merged_below_the_file_that_names_it(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    write("base.yaml", BASE + "run: {steps: 1, seed: 1, name: base}")
+    write("sub/one.yaml", "extends: ../base.yaml\nrun: {steps: 2, seed: 2}")
+    top = write("top.yaml", "extends: [base.yaml, sub/one.yaml]\nrun: {steps: 3}")
+    run = load_config([top]).run
+    assert (run.name, run.steps, run.seed) == ("base", 3, 2)
+
+
+def test_a_dumped_configuration_reads_back_as_itself(write: Write) -> None:
+    config = load(
+        write, ROUTE, "data: {question_suffix: ' größer: {x}'}", overrides=("algorithm.policy_gradient.dual_clip=3",)
+    )
+    assert load_config([write("dump.yaml", dump_config(config))]) == config
+
+
+def test_values_with_an_equals_sign_stay_whole(write: Write) -> None:
+    assert load(write, overrides=("data.question_suffix=a=b",)).data.question_suffix == "a=b"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        ("run:\n  stepz: 3\n", (), "1.yaml:2: unknown key run.stepz; did you mean 'steps'?"),
+        ("runn: {steps: 3}\n", (), "1.yaml:1: unknown key runn; did you mean 'run'?"),
+        ("", ("run.stepz=3",), "override 'run.stepz=3': unknown key run.stepz; did you mean 'steps'?"),
+        ("\nrun:\n\n  steps: many\n", (), "1.yaml:4: run.steps is 'many'; input should be a valid integer"),
+        ("run: {steps: 0}\n", (), "1.yaml:1: run.steps is 0; input should be greater than or equal to 1"),
+        ("run: 3\n", (), "1.yaml:1: run is 3; input should be"),
+        ("run:\n  steps: 1\n  seed: 1\n  steps: 2\n", (), "1.yaml:4: key 'steps' was given at line 2 already"),
+        ("a: [\n", (), "1.yaml:2: not valid YAML"),
+        ("- a\n", (), "1.yaml holds a list; expected a mapping"),
+        ("? [a]\n: b\n", (), "1.yaml:1: "),
+        ("model: {path: null}\n", (), "model.path is not set; give it in a YAML file or as an override model.path"),
+        ("model: null\n", (), "model.path is not set; give it in a YAML file or as an override model.path"),
+        ("", ("run.steps",), "override 'run.steps' is not of the form section.key=value"),
+        ("", ("run..steps=1",), "override 'run..steps=1' is not of the form section.key=value"),
+        ("extends: gone.yaml\n", (), "gone.yaml, which "),
+        ("extends: 3\n", (), "1.yaml:1: extends is 3; expected"),
+        ("extends: 1.yaml\n", (), "1.yaml extends itself"),
+        (ROUTE.replace("value", "valeu"), (), "1.yaml:6: unknown key algorithm.routes.first.schedule.valeu; did you"),
+        (ROUTE.replace("constant", "cosine"), (), "algorithm.routes.first.schedule"),
+        (ROUTE.replace("fkl", "kl"), (), "1.yaml:5: algorithm.routes.first.action is 'kl'; input should be 'fkl'"),
+        (ROUTE.replace("correct", "wrong"), (), "routes.first.selector asks for key_spans of wrong rollouts"),
+        ("name: a\x00b", (), "1.yaml: not valid YAML"),
+        ("data: {task: {min_steps: 9}}\n", (), "1.yaml:1: min_steps=9 exceeds max_steps=6"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_sentence_with_its_place(
+    write: Write, text: str, overrides: tuple[str, ...], expected: str
+) -> None:
+    message = refusal(write, text, overrides=overrides)
+    assert expected in message
+    assert "\n" not in message
+
+
+def test_every_mistake_is_named_on_a_line_of_its_own(write: Write) -> None:
+    message = refusal(write, "run: {stepz: 1}\nsampling: {temperature: -1}\n")
+    assert len(message.splitlines()) == 2
+    assert "run.stepz" in message
+    assert "sampling.temperature" in message
+
+
+def test_a_missing_file_is_named_with_a_suggestion(write: Write, tmp_path: Path) -> None:
+    write("demo.yaml", BASE)
+    with pytest.raises(ConfigError, match=r"demos\.yaml does not exist .*did you mean demo\.yaml\?"):
+        load_config([tmp_path / "demos.yaml"])
+
+
+def test_a_file_that_is_not_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes(b"run: {name: caf\xe9}\n")
+    with pytest.raises(ConfigError, match=r"latin\.yaml"):
+        load_config([tmp_path / "latin.yaml"])
+
+
+def test_anchors_and_merge_keys_work(write: Write) -> None:
+    config = load(write, "placement:\n  generator: &gpu {num_gpus: 1}\n  learner: {<<: *gpu, num_cpus: 3}\n")
+    assert (config.placement.learner.num_gpus, config.placement.learner.num_cpus) == (1.0, 3.0)

@@ -1,0 +1,106 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trace_rl.batch import RolloutKey, TrainingSequence
+from trace_rl.errors import DataError
+from trace_rl.packing import length_batches, num_tokens, pack, padded_tokens, plan_micro_batches, split_minibatches
+
+LENGTHS = st.lists(st.integers(2, 40), max_size=30)
+
+
+def sequence(prompt: list[int], response: list[int], routed: list[int], name: str = "p", advantage: float = 1.0):
+    time = len(response)
+    return TrainingSequence(
+        key=RolloutKey(name, 0),
+        prompt_token_ids=tuple(prompt),
+        token_ids=tuple(response),
+        rollout_logprobs=-np.arange(1.0, time + 1),
+        advantage=advantage,
+        pg_weight=np.full(time, 0.25),
+        kl_positions=np.array(routed, dtype=np.int64),
+        kl_route=np.zeros(len(routed), dtype=np.int64),
+        kl_weight=np.full(len(routed), 0.5),
+        teacher_hidden=np.array([[10.0 * t, 1.0] for t in routed]).reshape(len(routed), 2 if routed else 0),
+    )
+
+
+def test_pack_by_hand() -> None:
+    # First: prompt of 2, response of 2; second: prompt of 1, response of 4: five columns.
+    # Response token t is predicted by column P + t - 1: first row 1, 2; second row (offset 5) 0, 1, 2, 3.
+    packed = pack([sequence([7, 8], [1, 2], [1], advantage=-1.0), sequence([9], [3, 4, 5, 6], [0, 3])])
+    assert packed.input_ids.tolist() == [[7, 8, 1, 2, 0], [9, 3, 4, 5, 6]]
+    assert packed.attention_mask.tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert packed.row_index.tolist() == [1, 2, 5, 6, 7, 8]
+    assert packed.rows.targets.tolist() == [1, 2, 3, 4, 5, 6]
+    assert packed.rows.advantages.tolist() == [-1, -1, 1, 1, 1, 1]
+    assert packed.rows.rollout_logprobs.tolist() == [-1, -2, -1, -2, -3, -4]
+    assert packed.rows.kl_row.tolist() == [1, 2, 5]
+    assert packed.teacher_hidden.tolist() == [[10, 1], [0, 1], [30, 1]]
+
+
+def test_the_state_that_predicts_a_token_precedes_it() -> None:
+    packed = pack([sequence([5, 6, 7], [1, 2], []), sequence([8], [3, 4, 9, 9, 9], [])])
+    following = packed.input_ids.flatten()[packed.row_index + 1]
+    assert torch.equal(following, packed.rows.targets)
+
+
+def test_empty_pack_has_one_token_and_no_rows() -> None:
+    packed = pack([])
+    assert packed.input_ids.shape == (1, 1) and packed.attention_mask.item() == 1
+    assert packed.row_index.numel() == packed.rows.targets.numel() == packed.teacher_hidden.numel() == 0
+    assert packed.row_index.dtype == packed.rows.kl_row.dtype == torch.long
+
+
+def test_plan_by_hand() -> None:
+    # Sorted by length: 9 8 | 5 4 4 3 | 2 with at most 20 padded tokens: 2 x 9, 4 x 5, 1 x 2. Two ranks need an even
+    # number: the largest (4 x 5) is halved into 5 4 (10) and 4 3 (8). By size: 18 | 10, then 8 | 2 dealt in reverse.
+    lengths = [4, 9, 3, 2, 5, 8, 4]
+    plan = plan_micro_batches(lengths, 20, 2)
+    assert plan == (((1, 5), (3,)), ((4, 0), (6, 2)))
+    assert padded_tokens(plan, lengths) == 18 + 2 + 10 + 8
+
+
+def test_fewer_sequences_than_ranks_leaves_ranks_empty() -> None:
+    assert plan_micro_batches([5], 10, 3) == (((0,),), ((),), ((),))
+    assert plan_micro_batches([], 10, 2) == (((),), ((),))
+
+
+def test_a_sequence_over_the_budget_is_refused() -> None:
+    with pytest.raises(DataError, match=r"41 tokens.*max_tokens_per_micro_batch"):
+        plan_micro_batches([3, 41], 40, 1)
+
+
+@given(LENGTHS, st.integers(40, 200), st.integers(1, 5))
+def test_plan_invariants(lengths: list[int], budget: int, ranks: int) -> None:
+    plan = plan_micro_batches(lengths, budget, ranks)
+    assert plan == plan_micro_batches(list(lengths), budget, ranks)
+    assert len(plan) == ranks and len({len(rank) for rank in plan}) == 1
+    batches = [batch for rank in plan for batch in rank]
+    assert sorted(itertools.chain.from_iterable(batches)) == list(range(len(lengths)))
+    padded = [len(batch) * max((lengths[i] for i in batch), default=0) for batch in batches]
+    assert max(padded) <= budget
+    assert sum(lengths) <= padded_tokens(plan, lengths) == sum(padded)
+    # Micro-batches that run at the same time are neighbours in size: no later slot holds a larger one.
+    slots = [[len(b) * max((lengths[i] for i in b), default=0) for b in slot] for slot in zip(*plan, strict=True)]
+    assert all(min(now) >= max(later) for now, later in itertools.pairwise(slots))
+
+
+def test_minibatches_keep_groups_together_and_in_order() -> None:
+    names = ["a", "b", "a", "c", "b", "d"]
+    sequences = [sequence([1], [n], [], name) for n, name in enumerate(names)]
+    parts = split_minibatches(sequences, 2)
+    assert [[s.key.prompt_id for s in part] for part in parts] == [["a", "a", "b", "b"], ["c", "d"]]
+    assert [s.token_ids for s in parts[0]] == [(0,), (2,), (1,), (4,)]
+    assert split_minibatches(sequences[:1], 3) == [sequences[:1]]
+    assert sum(num_tokens(s) for part in parts for s in part) == 12
+
+
+def test_batches_respect_the_token_budget() -> None:
+    # longest first: 12 is over the budget and still goes, alone; 10 and 9 alone; 4 and 3 pad to 2 x 4 = 8 <= 10
+    assert length_batches([10, 3, 9, 4, 12], 10) == [[4], [0], [2], [3, 1]]

@@ -1,0 +1,453 @@
+"""The weight sync on real engines with a Hugging Face model in an actor as the learner; and when it must refuse."""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from trace_rl.batch import Prompt, Rollout, RolloutRequest
+from trace_rl.config.roles import GeneratorSettings, Model, Placement, Resources, Sync
+from trace_rl.errors import WeightSyncError
+from trace_rl.workers import weight_sender
+from trace_rl.workers.generator import GeneratorEngine, VllmGenerator, WeightReceipt
+from trace_rl.workers.weight_sender import (
+    GlooGroup,
+    TransferGroup,
+    WeightDigest,
+    WeightManifest,
+    WeightSender,
+    checksum,
+    free_address,
+    plan_buckets,
+    transfer_backend,
+)
+from trace_rl.workers.weight_sync import ProvenWeightSync, canary_sequences
+
+SETTINGS = Sync(bucket_mib=1, timeout_s=60)
+CANARY = canary_sequences(300)
+
+
+def manifest_of(weights: dict[str, torch.Tensor]) -> WeightManifest:
+    return WeightManifest.of((name, tuple(weight.shape), weight.dtype) for name, weight in weights.items())
+
+
+def test_buckets_are_aligned_bounded_and_in_order() -> None:
+    # float32: 3 -> 12 bytes at 0, 4 -> 16 bytes at 16 (aligned), which makes 32; 5 -> 20 bytes do not fit in 48 - 32
+    # and open a bucket; 100 -> 400 bytes are larger than a bucket and get one of their own.
+    manifest = WeightManifest(("a", "b", "c", "d", "e"), ((3,), (2, 2), (5,), (100,), ()), ("float32",) * 5)
+    buckets = plan_buckets(manifest, 48)
+    assert [[(slot.index, slot.start, slot.end) for slot in bucket.slots] for bucket in buckets] == [
+        [(0, 0, 12), (1, 16, 32)],
+        [(2, 0, 20)],
+        [(3, 0, 400)],
+        [(4, 0, 4)],
+    ]
+    assert [bucket.nbytes for bucket in buckets] == [32, 20, 400, 4]
+    assert manifest.nbytes == 4 * (3 + 4 + 5 + 100 + 1)
+    assert plan_buckets(WeightManifest((), (), ()), 48) == []
+
+
+def test_checksum_by_hand_and_across_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    # sum w[i] * (2 i + 1) = 5 * 1 + 7 * 3 + (-2) * 5 = 16
+    assert checksum(torch.tensor([5, 7, -2])).item() == 16
+    weights = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    whole = checksum(weights)
+    monkeypatch.setattr(weight_sender, "_CHECKSUM_SLICE", 64)
+    assert checksum(weights) == whole
+    weights[999] = torch.nextafter(weights[999], torch.tensor(9.0))
+    assert checksum(weights) != whole
+
+
+def test_digest_sees_names_order_dtype_and_every_byte() -> None:
+    def digest(*weights: tuple[str, torch.Tensor]) -> str:
+        running = WeightDigest()
+        for name, weight in weights:
+            running.update(name, weight)
+        return running.hexdigest()
+
+    one, two = torch.arange(6.0).view(2, 3), torch.ones(2, dtype=torch.bfloat16)
+    reference = digest(("a", one), ("b", two))
+    assert reference == digest(("a", one.clone()), ("b", two.clone()))
+    assert reference == digest(("a", one.t().contiguous().t()), ("b", two))
+    nudged = one.clone()
+    nudged[1, 2] = torch.nextafter(nudged[1, 2], torch.tensor(9.0))
+    others = [
+        (("b", two), ("a", one)),
+        (("x", one), ("b", two)),
+        (("a", one.view(3, 2)), ("b", two)),
+        (("a", one), ("b", two.to(torch.float16))),
+        (("a", nudged), ("b", two)),
+        (("a", one),),
+    ]
+    assert len({digest(*other) for other in others} | {reference}) == len(others) + 1
+
+
+def test_backend_follows_the_gpus_unless_it_is_set() -> None:
+    gpu = Resources(num_gpus=1)
+    assert transfer_backend(Sync(), Placement()) == "gloo"
+    assert transfer_backend(Sync(), Placement(generator=gpu)) == "gloo"
+    assert transfer_backend(Sync(), Placement(generator=gpu, learner=gpu)) == "nccl"
+    assert transfer_backend(Sync(backend="gloo"), Placement(generator=gpu, learner=gpu)) == "gloo"
+
+
+def send_between_threads(
+    sender: WeightSender, weights: Sequence[tuple[str, torch.Tensor]], num_receivers: int, timeout_s: float = 20
+) -> tuple[str, list[str]]:
+    """Digest of the sender and of each receiver, all in this process."""
+    address, port = free_address(is_single_node=True)
+    group = TransferGroup(address, port, 1 + num_receivers, bucket_mib=1, timeout_s=timeout_s)
+    received: dict[int, str] = {}
+
+    def receive(rank: int) -> None:
+        link = GlooGroup(address, port, rank, group.world_size, timeout_s)
+        digest = WeightDigest()
+        for bucket in plan_buckets(sender.manifest, group.bucket_mib * 2**20):
+            buffer = torch.empty(bucket.nbytes, dtype=torch.uint8)
+            link.broadcast(buffer)
+            for slot in bucket.slots:
+                digest.update(sender.manifest.names[slot.index], bucket.view(slot, buffer, sender.manifest))
+        received[rank] = digest.hexdigest()
+
+    threads = [threading.Thread(target=receive, args=(rank,)) for rank in range(1, group.world_size)]
+    for thread in threads:
+        thread.start()
+    sender.connect(group)
+    sent = sender.send(iter(weights))
+    for thread in threads:
+        thread.join(timeout_s)
+    return sent, [received[rank] for rank in range(1, group.world_size)]
+
+
+def test_two_receivers_get_what_was_sent() -> None:
+    torch.manual_seed(0)
+    weights = {"big": torch.randn(700, 700), "half": torch.randn(33).bfloat16(), "scalar": torch.tensor(3.0)}
+    sent, received = send_between_threads(WeightSender(manifest_of(weights), "gloo"), list(weights.items()), 2)
+    assert received == [sent, sent]
+
+
+@pytest.mark.parametrize(
+    ("sent", "message"),
+    [
+        ([("a", torch.zeros(2, 3))], "sent 1 weights, but its manifest announced 2"),
+        ([("b", torch.zeros(4)), ("a", torch.zeros(2, 3))], r"weight 0 of the learner is \('b', \(4,\), 'float32'\)"),
+        ([("a", torch.zeros(2, 3)), ("b", torch.zeros(5))], r"weight 1 .* announced \('b', \(4,\), 'float32'\)"),
+        ([("a", torch.zeros(2, 3)), ("b", torch.zeros(4)), ("c", torch.zeros(1))], "its manifest ends after 2 weights"),
+    ],
+)
+def test_weights_that_differ_from_the_manifest_are_refused(sent: list[tuple[str, torch.Tensor]], message: str) -> None:
+    sender = WeightSender(manifest_of({"a": torch.zeros(2, 3), "b": torch.zeros(4)}), "gloo")
+    sender.connect(TransferGroup(*free_address(is_single_node=True), world_size=1, bucket_mib=1, timeout_s=5))
+    with pytest.raises(WeightSyncError, match=message):
+        sender.send(iter(sent))
+
+
+def test_a_receiver_that_never_joins_is_a_bounded_error() -> None:
+    sender = WeightSender(manifest_of({"a": torch.zeros(2)}), "gloo")
+    address, port = free_address(is_single_node=True)
+    started = time.monotonic()
+    with pytest.raises(WeightSyncError, match=f"gloo group of 2 at {address}:{port} within 2 s"):
+        sender.connect(TransferGroup(address, port, world_size=2, bucket_mib=1, timeout_s=2))
+    assert time.monotonic() - started < 10
+    with pytest.raises(WeightSyncError, match="before it was connected"):
+        sender.send(iter([("a", torch.zeros(2))]))
+
+
+class LearnerActor:
+    """A Hugging Face model that draws new random weights and sends them, and can fail at that in several ways."""
+
+    def __init__(self, folder: str) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self._sender = WeightSender(self.describe(), "gloo")
+        self._failure = ""
+
+    def describe(self) -> WeightManifest:
+        return manifest_of(dict(self._model.named_parameters()))
+
+    def rendezvous(self) -> tuple[str, int]:
+        return free_address(is_single_node=True)
+
+    def connect(self, group: TransferGroup) -> None:
+        self._sender.connect(group)
+
+    def randomize(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, weight in self._model.named_parameters():
+                if "norm" not in name:
+                    weight.normal_(0, 0.2, generator=generator)
+
+    def fail(self, failure: str) -> None:
+        self._failure = failure
+
+    def send(self) -> str:
+        weight = self._model.model.layers[1].mlp.down_proj.weight.data
+        if self._failure == "is broken":
+            weight[5, 5] = float("nan")
+        digest = self._sender.send(self._weights())
+        if self._failure == "trains on":
+            weight[5] += 0.5
+        return digest
+
+    def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for number, (name, weight) in enumerate(self._model.named_parameters()):
+            if number == 10 and self._failure == "dies":
+                os._exit(1)
+            if number == 10 and self._failure == "hangs":
+                time.sleep(8)
+            yield name, weight
+
+    def logprobs(self, sequences: Sequence[tuple[int, ...]], temperature: float) -> list[np.ndarray]:
+        results = []
+        for sequence in sequences:
+            with torch.no_grad():
+                logits = self._model(torch.tensor([list(sequence)])).logits[0] / temperature
+            rows = torch.log_softmax(logits[:-1], dim=-1)
+            results.append(rows.gather(1, torch.tensor(sequence[1:])[:, None])[:, 0].numpy())
+        return results
+
+
+class ActorSource:
+    """`trace_rl.workers.weight_sync.WeightSource` over a `LearnerActor`."""
+
+    def __init__(self, folder: str) -> None:
+        self.actor = ray.remote(LearnerActor).options(num_cpus=0.5).remote(folder)
+
+    def rendezvous(self) -> tuple[str, int]:
+        return ray.get(self.actor.rendezvous.remote(), timeout=60)
+
+    def describe_weights(self) -> WeightManifest:
+        return ray.get(self.actor.describe.remote(), timeout=60)
+
+    def connect_sender(self, group: TransferGroup) -> Any:
+        return self.actor.connect.remote(group)
+
+    def send_weights(self, version: int) -> list[Any]:
+        return [self.actor.send.remote()]
+
+    def canary_logprobs(self, sequences: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
+        return self.logprobs(sequences, 1.0)
+
+    def logprobs(self, sequences: Sequence[tuple[int, ...]], temperature: float) -> list[np.ndarray]:
+        return ray.get(self.actor.logprobs.remote(sequences, temperature), timeout=60)
+
+    def randomize(self, seed: int) -> None:
+        ray.get(self.actor.randomize.remote(seed), timeout=60)
+
+    def fail(self, failure: str) -> None:
+        ray.get(self.actor.fail.remote(failure), timeout=60)
+
+
+class BreakableEngine(GeneratorEngine):
+    """A real engine in which one part of the sync can be left out."""
+
+    _fault = ""
+
+    def break_sync(self, fault: str) -> None:
+        """Leave out, from now on, what `fault` names; empty mends everything."""
+        from trace_rl.workers import weight_receiver
+
+        if not hasattr(self, "_whole"):
+            self._whole = (weight_receiver.repack_tied_heads, GlooGroup.broadcast, self._llm.reset_prefix_cache)
+        weight_receiver.repack_tied_heads, GlooGroup.broadcast, self._llm.reset_prefix_cache = self._whole
+        self._fault = fault
+        if fault == "head":
+            weight_receiver.repack_tied_heads = lambda model, hf_config: None
+        if fault == "cache":
+            self._llm.reset_prefix_cache = lambda: True
+        if fault == "byte":
+            whole = self._whole[1]
+
+            def broadcast(group: GlooGroup, buffer: torch.Tensor) -> None:
+                whole(group, buffer)
+                buffer[buffer.numel() // 2] ^= 1
+
+            GlooGroup.broadcast = broadcast  # type: ignore[method-assign]
+
+    def receive_weights(self, manifest: WeightManifest, version: int) -> WeightReceipt:
+        return super().receive_weights(manifest, version - 1 if self._fault == "version" else version)
+
+
+def start_engines(folder: str, count: int) -> list[Any]:
+    actor = ray.remote(BreakableEngine).options(num_cpus=1)
+    model = Model(path=folder, dtype="float32")
+    engines = [actor.remote(i, model, GeneratorSettings(), max_model_len=384, backend="gloo") for i in range(count)]
+    ray.get([engine.ready.remote() for engine in engines], timeout=180)
+    return engines
+
+
+@pytest.fixture(scope="module")
+def tied_folder(build_tiny_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("tied")
+    build_tiny_model(folder, tied=True)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def engines(local_ray: None, tied_folder: str) -> Iterator[list[Any]]:
+    started = start_engines(tied_folder, 2)
+    yield started
+    for engine in started:
+        ray.kill(engine)
+
+
+@pytest.fixture(scope="module")
+def source(local_ray: None, tied_folder: str) -> Iterator[ActorSource]:
+    learner = ActorSource(tied_folder)
+    yield learner
+    ray.kill(learner.actor)
+
+
+@pytest.fixture
+def broken(engines: list[Any], source: ActorSource) -> Iterator[Callable[[str], None]]:
+    """Breaks engine 1 for the length of a test."""
+    yield lambda fault: ray.get(engines[1].break_sync.remote(fault), timeout=60)
+    ray.get(engines[1].break_sync.remote(""), timeout=60)
+    source.fail("")
+
+
+def long_requests(count: int) -> list[RolloutRequest]:
+    """Requests that share a prompt of 300 tokens, of which vLLM caches all whole blocks."""
+    prompt_token_ids = tuple(40 + (7 * t) % 250 for t in range(300))
+    prompts = [Prompt(f"p{number}", "question", "answer") for number in range(2)]
+    return [RolloutRequest(prompts[n % 2], n, prompt_token_ids, seed=n) for n in range(count)]
+
+
+def sampled_gap(source: ActorSource, rollouts: list[Rollout], temperature: float) -> float:
+    """Largest difference between the sampled log-probs and those of the learner's model."""
+    sequences = [rollout.prompt_token_ids + rollout.token_ids for rollout in rollouts]
+    expected = source.logprobs(sequences, temperature)
+    return max(
+        float(np.abs(rollout.rollout_logprobs - logprobs[-len(rollout.token_ids) :]).max())
+        for rollout, logprobs in zip(rollouts, expected, strict=True)
+    )
+
+
+@pytest.mark.engine
+def test_engines_refuse_to_sample_until_a_sync_has_proven_their_weights(engines: list[Any]) -> None:
+    # Runs before the module's first sync.
+    with pytest.raises(
+        WeightSyncError, match="generator engine 0 was asked for rollouts while its weights are unproven"
+    ):
+        list(VllmGenerator(engines, 8, timeout_s=60).generate(long_requests(1), 1.0))
+
+
+@pytest.mark.engine
+def test_synced_engines_compute_with_the_new_weights_also_on_cached_prompts(
+    engines: list[Any], source: ActorSource
+) -> None:
+    sync = ProvenWeightSync(source, engines, CANARY, SETTINGS)
+    generator = VllmGenerator(engines, 16, timeout_s=60)
+    for version in range(3):
+        source.randomize(version)
+        metrics = sync.sync(version)
+        assert metrics["sync/canary_gap_max_nats"] < 1e-4
+        rollouts = list(generator.generate(long_requests(8), 0.7))
+        assert {rollout.policy_version for rollout in rollouts} == {version}
+        assert sampled_gap(source, rollouts, 0.7) < 1e-4
+    assert metrics["sync/weight_bytes"] == source.describe_weights().nbytes
+
+
+@pytest.mark.engine
+def test_a_kept_prefix_cache_would_be_seen(
+    engines: list[Any], source: ActorSource, broken: Callable[[str], None]
+) -> None:
+    # Shows that the test above can fail: with the cache kept, the log-probs are those of the old weights' prefix.
+    sync = ProvenWeightSync(source, engines[1:], CANARY, SETTINGS)
+    generator = VllmGenerator(engines[1:], 16, timeout_s=60)
+    sync.sync(10)
+    list(generator.generate(long_requests(2), 0.7))
+    broken("cache")
+    source.randomize(11)
+    sync.sync(11)
+    assert sampled_gap(source, list(generator.generate(long_requests(2), 0.7)), 0.7) > 1e-2
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("head", r"generator engine 1 \(\S+ nats\) does not compute with the learner's weights of version 21"),
+        ("byte", "generator engine 1 received weights with digest .* the learner sent"),
+        ("version", "generator engine 1 reports weight version 20 after the sync of version 21"),
+    ],
+)
+def test_a_broken_engine_is_refused_and_named(
+    engines: list[Any], source: ActorSource, broken: Callable[[str], None], fault: str, message: str
+) -> None:
+    sync = ProvenWeightSync(source, engines, CANARY, SETTINGS)
+    source.randomize(20)
+    sync.sync(20)
+    broken(fault)
+    source.randomize(21)
+    with pytest.raises(WeightSyncError, match=message):
+        sync.sync(21)
+    with pytest.raises(WeightSyncError, match="weights are unproven"):
+        list(VllmGenerator(engines, 8, timeout_s=60).generate(long_requests(2), 1.0))
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("failure", ["trains on", "is broken"])
+def test_a_learner_that_disagrees_with_all_engines_is_refused(
+    engines: list[Any], source: ActorSource, broken: Callable[[str], None], failure: str
+) -> None:
+    source.randomize(30)
+    source.fail(failure)
+    gap = "nan" if failure == "is broken" else r"\d\S+"
+    message = rf"generator engine 0 \({gap} nats\), generator engine 1 \({gap} nats\) does not compute"
+    with pytest.raises(WeightSyncError, match=message):
+        ProvenWeightSync(source, engines, CANARY, SETTINGS).sync(30)
+
+
+@pytest.mark.engine
+def test_a_sender_that_hangs_is_a_bounded_error_and_the_next_sync_works(
+    engines: list[Any], source: ActorSource, broken: Callable[[str], None]
+) -> None:
+    source.fail("hangs")
+    started = time.monotonic()
+    with pytest.raises(WeightSyncError, match=r"learner rank 0.* did not finish transferring version 40 within"):
+        ProvenWeightSync(source, engines, CANARY, Sync(bucket_mib=1, timeout_s=4)).sync(40)
+    assert time.monotonic() - started < 8
+    source.fail("")
+    source.randomize(41)
+    assert ProvenWeightSync(source, engines, CANARY, SETTINGS).sync(41)["sync/canary_gap_max_nats"] < 1e-4
+
+
+@pytest.mark.engine
+def test_a_sender_that_dies_is_named_and_a_new_one_can_take_over(
+    engines: list[Any], source: ActorSource, tied_folder: str
+) -> None:
+    mortal = ActorSource(tied_folder)
+    mortal.fail("dies")
+    started = time.monotonic()
+    with pytest.raises(WeightSyncError, match="failed: learner rank 0 died while transferring version 50"):
+        ProvenWeightSync(mortal, engines, CANARY, SETTINGS).sync(50)
+    assert time.monotonic() - started < SETTINGS.timeout_s / 2
+    source.randomize(51)
+    assert ProvenWeightSync(source, engines, CANARY, SETTINGS).sync(51)["sync/canary_gap_max_nats"] < 1e-4
+
+
+@pytest.mark.engine
+def test_an_untied_head_arrives_too(
+    local_ray: None, build_tiny_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("untied")
+    build_tiny_model(folder, tied=False)
+    untied = ActorSource(str(folder))
+    (engine,) = start_engines(str(folder), 1)
+    assert "lm_head.weight" in untied.describe_weights().names
+    sync = ProvenWeightSync(untied, [engine], CANARY, SETTINGS)
+    for version in range(2):
+        untied.randomize(version)
+        assert sync.sync(version)["sync/canary_gap_max_nats"] < 1e-4
+    rollouts = list(VllmGenerator([engine], 16, timeout_s=60).generate(long_requests(4), 0.7))
+    assert sampled_gap(untied, rollouts, 0.7) < 1e-4
+    ray.kill(engine)
+    ray.kill(untied.actor)

@@ -1,0 +1,220 @@
+"""The protocol between a privileged annotator and the run: request, JSON reply, and the reply's way to token spans.
+
+An annotator sees the question, the reference and the verdict, points at numbered segments of the response, and names a
+coarse type from a closed list (arXiv:2605.10194; wire format ours). Rules speak the same protocol as models.
+
+Invariants:
+* Spans are disjoint, in order, within the response, and cover at most floor(cap * response tokens) of it.
+* Key spans exist on correct responses only, error spans on wrong ones only: `span_class_of` alone decides.
+* Whatever an annotator says, `resolve` returns legal spans and counts what it had to drop or change.
+
+This module must not know how an annotator is reached, and never shows positions or span text to the teacher.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from trace_rl.batch import GradedRollout, Prompt, Span, SpanClass
+from trace_rl.errors import AnnotationError
+from trace_rl.protocols import ErrorRule
+from trace_rl.segments import Segment, TokenText
+
+OTHER_TYPE = "other"
+"""What a type outside of the closed list is read as."""
+
+
+@dataclass(frozen=True)
+class AnnotationRequest:
+    """All that an annotator is told about one response."""
+
+    prompt: Prompt
+    """Question, answer and reference solution."""
+    span_class: SpanClass
+    """The verdict: "key" asks for the decisive segments of a correct response, "error" for the first wrong ones."""
+    segments: tuple[Segment, ...]
+    types: Mapping[str, str]
+    """Closed list of types: name -> one line of meaning."""
+    coverage_cap: float
+    """Largest share of the response that will be used."""
+
+    @property
+    def text(self) -> str:
+        """The response, special tokens included, without its end-of-sequence token."""
+        return "".join(segment.text for segment in self.segments)
+
+
+class SegmentSpan(BaseModel):
+    """One entry of a reply: segments start..end, both included."""
+
+    # Models add remarks of their own; these are no reason to lose an annotation.
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
+
+    start: int
+    end: int
+    type: str
+    importance: Annotated[float, Field(ge=0)] = 1.0
+
+
+class AnnotationReply(BaseModel):
+    """What an annotator answers: `{"spans": [{"start": 12, "end": 14, "type": "case_analysis", "importance": 3}]}`."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    spans: tuple[SegmentSpan, ...]
+
+
+class AnnotatorBackend(Protocol):
+    """Anything that can answer a request: a rule, a model behind an API, the policy itself."""
+
+    def reply(self, request: AnnotationRequest) -> AnnotationReply:
+        """The annotator's answer; raises AnnotationError where it broke the protocol."""
+        ...
+
+
+@dataclass(frozen=True)
+class OracleBackend:
+    """A task's rule as an annotator: the segments that the rule's character spans touch."""
+
+    rule: ErrorRule
+
+    def reply(self, request: AnnotationRequest) -> AnnotationReply:
+        """Spans of the rule in segment numbers; empty spans are left out."""
+        find = self.rule.key_spans if request.span_class == "key" else self.rule.error_spans
+        spans = []
+        for char_start, char_end, name, importance in find(request.prompt, request.text):
+            touched = _touched(request.segments, char_start, char_end)
+            if touched:
+                spans.append(SegmentSpan(start=touched[0], end=touched[-1], type=name, importance=importance))
+        return AnnotationReply(spans=tuple(spans))
+
+
+def span_class_of(graded: GradedRollout) -> SpanClass:
+    """The class of spans that a response can have."""
+    return "key" if graded.is_correct else "error"
+
+
+def parse_reply(text: str) -> AnnotationReply:
+    """Read an annotator's JSON.
+
+    Raises:
+        AnnotationError: the text is not JSON, or not of the protocol's form.
+    """
+    try:
+        return AnnotationReply.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the whole"
+        raise AnnotationError(
+            f"The annotator answered {text[:80]!r}, where {place} is wrong ({first['msg']}); expected JSON like "
+            '{"spans": [{"start": 12, "end": 14, "type": "case_analysis", "importance": 3}]}.'
+        ) from error
+
+
+def span_budget(num_tokens: int, coverage_cap: float) -> int:
+    """floor(cap * num_tokens), where num_tokens counts the whole response, end-of-sequence included."""
+    return math.floor(coverage_cap * num_tokens + 1e-9)  # 0.29 * 100 is 28.999999999999996
+
+
+def resolve(
+    reply: AnnotationReply, request: AnnotationRequest, token_text: TokenText, num_tokens: int
+) -> tuple[tuple[Span, ...], dict[str, float]]:
+    """Token spans of a reply, capped, with an audit of what was dropped or changed.
+
+    In this order: drop what is out of range; read unknown types as `other`; merge overlaps, where the more important
+    type wins; keep by importance, then position, until the budget is spent, the last one cut at a boundary between
+    characters.
+
+    Args:
+        token_text: the text that the request's segments were cut from.
+        num_tokens: tokens of the whole response, which the budget is a share of.
+
+    Returns:
+        Disjoint spans in order of position, and counts: out_of_range, unknown_types, merged, spans_before_cap,
+        spans_after_cap, tokens_before_cap, tokens_after_cap, budget_tokens, round_trip_errors.
+    """
+    audit: Counter[str] = Counter()
+    spans = _merge_overlaps(_token_spans(reply, request, audit), audit)
+    budget = span_budget(num_tokens, request.coverage_cap)
+    kept = _cap(spans, token_text, budget)
+    audit["spans_before_cap"], audit["spans_after_cap"] = len(spans), len(kept)
+    audit["tokens_before_cap"], audit["tokens_after_cap"] = _num_tokens(spans), _num_tokens(kept)
+    audit["budget_tokens"] = budget
+    audit["round_trip_errors"] = sum(
+        token_text.token_range(*token_text.char_range(span.start, span.end)) != (span.start, span.end) for span in kept
+    )
+    return kept, {name: float(audit[name]) for name in _AUDIT}
+
+
+_AUDIT = (
+    "out_of_range",
+    "unknown_types",
+    "merged",
+    "spans_before_cap",
+    "spans_after_cap",
+    "tokens_before_cap",
+    "tokens_after_cap",
+    "budget_tokens",
+    "round_trip_errors",
+)
+
+
+def _token_spans(reply: AnnotationReply, request: AnnotationRequest, audit: Counter[str]) -> list[Span]:
+    spans = []
+    for entry in reply.spans:
+        if not 1 <= entry.start <= entry.end <= len(request.segments):
+            audit["out_of_range"] += 1
+            continue
+        is_known = entry.type in request.types
+        audit["unknown_types"] += not is_known
+        first, last = request.segments[entry.start - 1], request.segments[entry.end - 1]
+        name = entry.type if is_known else OTHER_TYPE
+        spans.append(Span(first.token_start, last.token_end, request.span_class, name, entry.importance))
+    return spans
+
+
+def _merge_overlaps(spans: Sequence[Span], audit: Counter[str]) -> list[Span]:
+    merged: list[Span] = []
+    for span in sorted(spans, key=lambda span: (span.start, span.end)):
+        if merged and span.start < merged[-1].end:
+            before = merged.pop()
+            leading = span if span.importance > before.importance else before
+            end = max(before.end, span.end)
+            merged.append(Span(before.start, end, leading.span_class, leading.type, leading.importance))
+            audit["merged"] += 1
+        else:
+            merged.append(span)
+    return merged
+
+
+def _cap(spans: Sequence[Span], token_text: TokenText, budget: int) -> tuple[Span, ...]:
+    kept: list[Span] = []
+    for span in sorted(spans, key=lambda span: (-span.importance, span.start)):
+        end = token_text.boundary_at_most(min(span.end, span.start + budget))
+        if end > span.start:
+            kept.append(Span(span.start, end, span.span_class, span.type, span.importance))
+        if end < span.end:
+            break
+        budget -= end - span.start
+    return tuple(sorted(kept, key=lambda span: span.start))
+
+
+def _num_tokens(spans: Sequence[Span]) -> int:
+    return sum(span.end - span.start for span in spans)
+
+
+def _touched(segments: Sequence[Segment], char_start: int, char_end: int) -> list[int]:
+    """Numbers of the segments that share a character with [char_start, char_end)."""
+    numbers, start = [], 0
+    for segment in segments:
+        end = start + len(segment.text)
+        if max(start, char_start) < min(end, char_end):
+            numbers.append(segment.number)
+        start = end
+    return numbers

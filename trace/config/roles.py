@@ -1,0 +1,243 @@
+"""Settings of each role: the model, the data, and who samples, annotates, teaches, learns and syncs.
+
+This module must not know how roles are started or where they run.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from trace_rl.config.base import Section, check_fields
+from trace_rl.tasks.arithmetic import ArithmeticDifficulty
+
+
+class Model(Section):
+    path: str
+    """Folder or hub name of a Hugging Face causal LM, or `task:arithmetic` for the embedded base model."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of the forward passes (learner, teacher and generator); optimizer states are always float32."""
+    trust_remote_code: bool = False
+    """Whether code that ships with the model may run."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Passed to the chat template on both sides, for example {enable_thinking: true}."""
+
+
+class Data(Section):
+    path: str
+    """`task:arithmetic`, a JSONL file, a folder written by datasets.save_to_disk, or `hf:NAME` on the hub."""
+    split: str = "train"
+    """Split of a Hugging Face data set."""
+    heldout_path: str | None = None
+    """A file, folder or `hf:NAME` as for `path`, same split; without it `heldout_rows` rows of the source are set
+    aside. The embedded task makes its own and reads neither."""
+    heldout_rows: int = Field(64, ge=0)
+    """Rows set aside for evaluation when there is no `heldout_path`; never trained on."""
+    system_prompt: str = ""
+    """System turn put before every question, on both sides."""
+    question_suffix: str = ""
+    """Appended to every question, for example an instruction to box the answer."""
+    task: ArithmeticDifficulty = ArithmeticDifficulty()
+    """Knobs of the embedded task; read only when `path` is `task:arithmetic`."""
+
+
+class Sampling(Section):
+    prompts_per_step: int = Field(32, ge=1)
+    samples_per_prompt: int = Field(8, ge=2)
+    """Group size G; advantages compare the completions of one prompt, so at least 2."""
+    temperature: float = Field(1.0, ge=0.01)
+    """Below 0.01 vLLM clamps or turns greedy, and its log-probs would belong to another distribution."""
+    max_prompt_tokens: int = Field(1024, ge=1)
+    """Longer student prompts are refused before the run starts."""
+    max_response_tokens: int = Field(4096, ge=1)
+    """A completion that reaches it is truncated and graded 0."""
+
+
+class Rewarder(Section):
+    num_processes: int = Field(2, ge=1)
+    """Child processes that grade; each is killed and replaced when it misses its deadline."""
+    timeout_s: float = Field(5.0, gt=0)
+    """Deadline of one response."""
+
+
+class Segmentation(Section):
+    """How a response is cut into the numbered segments that an annotator points at."""
+
+    boundary: str = r"\n\s*\n|\n|(?<=[.!?])\s+"
+    """Regular expression; a segment ends behind each match outside of math delimiters."""
+    min_tokens: int = Field(8, ge=1)
+    """Shorter pieces are merged with the next one."""
+    max_tokens: int = Field(128, ge=1)
+    """Longer pieces are split."""
+
+    @field_validator("boundary")
+    @classmethod
+    def _is_regular_expression(cls, boundary: str) -> str:
+        try:
+            re.compile(boundary)
+        except re.error as error:
+            raise ValueError(
+                f"annotator.segmentation.boundary {boundary!r} is not a regular expression ({error}); correct it"
+            ) from None
+        return boundary
+
+    @model_validator(mode="after")
+    def _limits_are_ordered(self) -> Segmentation:
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"annotator.segmentation.min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}; lower it"
+            )
+        return self
+
+
+class Annotator(Section):
+    type: Literal["oracle"] = "oracle"
+    """`oracle`: a rule instead of a model: the task's own where the data is a task, else the equation rule, which
+    checks every written `a op b = c`."""
+    segmentation: Segmentation = Segmentation()
+    coverage_cap: float = Field(0.25, gt=0, le=1)
+    """Largest share of a response's tokens that may be in spans (arXiv:2605.10194)."""
+    timeout_s: float = Field(60.0, gt=0)
+    """Deadline of one call, that is of up to 32 rollouts; those of a late call, and all that the step has left by then,
+    go to the policy gradient alone."""
+
+
+class TeacherWeights(Section):
+    type: Literal["live", "periodic", "frozen"] = "periodic"
+    """`live`: the policy of this step; `periodic`: a copy made every `every` steps; `frozen`: the start weights."""
+    every: int = Field(10, ge=1)
+    """Steps between copies; read by `periodic` only."""
+
+
+class Teacher(Section):
+    context: Literal["none", "type_label", "reference"] = "type_label"
+    """What the teacher knows beyond the question."""
+    templates: dict[Literal["type_label", "reference"], str] = {}
+    """Overrides of the wording in `trace_rl.prompts`; fields: {question} in both, {types} in type_label, {reference}
+    in reference."""
+    weights: TeacherWeights = TeacherWeights()
+    max_tokens_per_batch: int = Field(16384, ge=1)
+    """Padded tokens of one teacher forward."""
+
+    @model_validator(mode="after")
+    def _templates_are_templates(self) -> Teacher:
+        for context, template in self.templates.items():
+            setting = f"teacher.templates.{context}"
+            known = {"question", "types" if context == "type_label" else "reference"}
+            if "question" not in check_fields(setting, template, known):
+                raise ValueError(f"{setting} {template!r} lacks {{question}}, which the teacher must see; add it")
+        return self
+
+
+class Optimizer(Section):
+    learning_rate: float = Field(1e-6, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+
+
+class LearningRateSchedule(Section):
+    type: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+
+
+class LearnerSettings(Section):
+    world_size: int = Field(1, ge=1)
+    """Ranks of the learner; the loss does not depend on it."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO stage."""
+    max_tokens_per_micro_batch: int = Field(16384, ge=1)
+    """Padded tokens (prompt and response) of one forward on one rank; the loss does not depend on it."""
+    minibatches_per_step: int = Field(1, ge=1)
+    """Optimizer steps on one batch of rollouts; above 1, old log-probs are computed before the first."""
+    gradient_checkpointing: bool = False
+    optimizer: Optimizer = Optimizer()
+    schedule: LearningRateSchedule = LearningRateSchedule()
+
+
+class Sync(Section):
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """Transport of the weights; `auto`: nccl where generator and learner both have GPUs, gloo otherwise."""
+    bucket_mib: int = Field(256, ge=1)
+    """Weights are moved in buckets of at most this size."""
+    canary_tolerance: float = Field(1e-3, gt=0)
+    """Largest difference in nats between the learner's and an engine's log-probs of the canary after a sync. 1e-3
+    suits float32; bfloat16 needs about 0.4 (0.2 was measured on a random model of 135 M parameters)."""
+    timeout_s: float = Field(600.0, gt=0)
+    """Deadline of one sync."""
+
+
+class Resources(Section):
+    num_cpus: float = Field(1.0, ge=0)
+    num_gpus: float = Field(0.0, ge=0)
+
+
+class GeneratorSettings(Section):
+    num_engines: int = Field(1, ge=1)
+    gpu_memory_frac: float = Field(0.85, gt=0, le=1)
+    """Share of a GPU that an engine may take; without GPUs see kv_cache_gib."""
+    kv_cache_gib: int = Field(1, ge=1)
+    """Size of the KV cache on a CPU, in whole GiB."""
+    max_concurrent_sequences: int = Field(256, ge=1)
+    enforce_eager: bool = False
+    """Skip graph capture and compilation; always on without GPUs, where compiling takes two minutes and gains
+    nothing."""
+
+
+class Placement(Section):
+    """Where the roles run."""
+
+    ray_address: str = "local"
+    """`local`: a private Ray on this machine; `auto` or host:port: join a running cluster."""
+    ray_cpus: int | None = Field(None, ge=1)
+    """Logical CPUs of the private Ray; by default enough for the roles."""
+    start_timeout_s: float = Field(300.0, gt=0)
+    """Deadline for each role to be ready; all of them start at the same time."""
+    step_timeout_s: float = Field(3600.0, gt=0)
+    """Deadline of one stage of one step."""
+    generator: Resources = Resources()
+    teacher: Resources = Resources()
+    learner: Resources = Resources()
+    """Per rank."""
+    rewarder: Resources = Resources()
+    annotator: Resources = Resources(num_cpus=0.5)
+
+
+class Evaluation(Section):
+    every: int = Field(20, ge=0)
+    """Steps between evaluations on held-out prompts, beside one before the first and one after the last step; 0 turns
+    them all off."""
+    num_prompts: int = Field(64, ge=1)
+    samples_per_prompt: int = Field(1, ge=1)
+    temperature: float = Field(1.0, ge=0.01)
+
+
+class Logging(Section):
+    tensorboard: bool = False
+    wandb_project: str | None = None
+    """Weights & Biases project; the API key comes from the environment."""
+    rollouts_every: int = Field(10, ge=0)
+    """Steps between stored samples of rollouts; 0: never."""
+    rollouts_per_step: int = Field(16, ge=1)
+
+
+class Run(Section):
+    name: str = "run"
+    folder: str = "runs/{name}"
+    """Where everything of the run is written; {name} is replaced."""
+    seed: int = 0
+    steps: int = Field(300, ge=1)
+    checkpoint_every: int = Field(50, ge=0)
+    """Steps between checkpoints, beside one at the end; 0: only at the end."""
+    keep_checkpoints: int = Field(2, ge=1)
+    resume: Literal["auto", "never"] = "never"
+    """`auto`: go on from the newest complete checkpoint in the folder where there is one. `never`: take the next free
+    folder beside one that holds a run already."""
+
+    @model_validator(mode="after")
+    def _folder_is_a_template(self) -> Run:
+        check_fields("run.folder", self.folder, {"name"})
+        return self

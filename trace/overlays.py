@@ -1,0 +1,234 @@
+"""YAML files, `extends`, overlays and dotted overrides -> one RunConfig, or one clear sentence.
+
+Rules: files are merged left to right; mappings merge key by key, everything else (lists too) is replaced;
+`!replace {...}` replaces a mapping as a whole, `{}` empties it; `null` goes back to the default. A file may name the
+files it builds on under `extends` (paths beside it). Dotted overrides `a.b=value` come last; the value is read as YAML.
+Duplicate keys are errors with a line number, as is every key and type that RunConfig does not accept.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from trace_rl.config.run import RunConfig
+from trace_rl.errors import ConfigError
+
+Path_ = tuple[str, ...]
+
+_MERGE_TAG = "tag:yaml.org,2002:merge"
+
+
+@dataclass
+class Layers:
+    """The merged tree and, for every key, the place that set it last."""
+
+    tree: dict[str, Any] = field(default_factory=dict)
+    places: dict[Path_, str] = field(default_factory=dict)
+
+
+class _Replace(dict[str, Any]):
+    """A mapping tagged `!replace`."""
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses duplicate keys and remembers the line of each key."""
+
+    lines: dict[int, dict[str, int]]
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            if key_node.tag == _MERGE_TAG:
+                continue
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ConfigError(f"{self.name}:{line}: a {key_node.id} stands where a key should be; give a name")
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise ConfigError(
+                    f"{self.name}:{line}: key {key!r} was given at line {seen[key]} already; keep one of the two"
+                )
+            seen[key] = line
+        mapping = super().construct_mapping(node, deep=True)  # also resolves merge keys; what they bring comes first
+        self.lines[id(mapping)] = {str(key_node.value): key_node.start_mark.line + 1 for key_node, _ in node.value}
+        self.keep.append(mapping)
+        return mapping
+
+    keep: list[Any]
+
+
+def _construct_map(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    return loader.construct_mapping(node, deep=True)
+
+
+def _construct_replace(loader: _Loader, node: yaml.MappingNode) -> _Replace:
+    mapping = loader.construct_mapping(node, deep=True)
+    replaced = _Replace(mapping)
+    loader.lines[id(replaced)] = loader.lines[id(mapping)]
+    loader.keep.append(replaced)
+    return replaced
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_map)
+_Loader.add_constructor("!replace", _construct_replace)
+
+
+def load_config(files: Sequence[Path], overrides: Iterable[str] = ()) -> RunConfig:
+    """Merge `files` left to right and `overrides` (`a.b=value`) on top, and validate.
+
+    Raises:
+        ConfigError: with one line per problem: place, what was found, what was expected, a suggestion.
+    """
+    layers = Layers()
+    for file in files:
+        _add_file(layers, file, ())
+    for override in overrides:
+        _add_override(layers, override)
+    try:
+        return RunConfig.model_validate(layers.tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(problem, layers) for problem in error.errors())) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to an equal RunConfig."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _add_file(layers: Layers, file: Path, chain: tuple[Path, ...]) -> None:
+    file = file.resolve()
+    if file in chain:
+        raise ConfigError(f"{file} extends itself through {' -> '.join(str(each) for each in (*chain, file))}")
+    tree, lines = _read(file, chain)
+    extends = tree.pop("extends", [])
+    parents = [extends] if isinstance(extends, str) else extends
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        place = f"{file}:{lines[id(tree)]['extends']}"
+        raise ConfigError(f"{place}: extends is {extends!r}; expected a path or a list of paths beside this file")
+    for parent in parents:
+        _add_file(layers, file.parent / parent, (*chain, file))
+    _merge(layers, layers.tree, tree, (), lambda mapping, key: f"{file}:{lines.get(id(mapping), {}).get(key, '?')}")
+
+
+def _read(file: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[int, dict[str, int]]]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError:
+        asked = f", which {chain[-1]} extends," if chain else ""
+        near = difflib.get_close_matches(file.name, [each.name for each in file.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {near[0]}?" if near else "; check the path"
+        raise ConfigError(f"config file {file}{asked} does not exist or cannot be read{hint}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config file {file} is not UTF-8 text ({error}); convert it to UTF-8") from None
+    try:
+        loader = _Loader(text)
+        loader.name, loader.lines, loader.keep = str(file), {}, []
+        tree = loader.get_single_data() or {}
+        loader.dispose()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{file}:{mark.line + 1}" if mark else str(file)
+        problem = (getattr(error, "problem", None) or str(error)).splitlines()[0]
+        raise ConfigError(f"{place}: not valid YAML ({problem})") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"{file} holds a {type(tree).__name__}; expected a mapping of sections such as model and data"
+        )
+    return tree, loader.lines
+
+
+def _add_override(layers: Layers, override: str) -> None:
+    dotted, separator, text = override.partition("=")
+    keys = tuple(dotted.strip().split("."))
+    if not separator or not all(keys):
+        raise ConfigError(f"override {override!r} is not of the form section.key=value, for example run.steps=100")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        value = text
+    tree: dict[str, Any] = {keys[-1]: value}
+    for key in reversed(keys[:-1]):
+        tree = {key: tree}
+    _merge(layers, layers.tree, tree, (), lambda mapping, key: f"override {override!r}")
+
+
+def _merge(layers: Layers, into: dict[str, Any], tree: Mapping[str, Any], path: Path_, place_of: Any) -> None:
+    for key, value in tree.items():
+        here = (*path, str(key))
+        layers.places[here] = place_of(tree, str(key))
+        if value is None:
+            into.pop(key, None)
+        elif isinstance(value, dict):
+            if isinstance(value, _Replace) or not value or not isinstance(into.get(key), dict):
+                into[key] = {}
+            _merge(layers, into[key], value, here, place_of)
+        else:
+            into[key] = value
+
+
+def _explain(problem: Any, layers: Layers) -> str:
+    """One sentence for one pydantic problem."""
+    location = tuple(str(part) for part in problem["loc"])
+    keys = _without_union_tags(location)
+    dotted = ".".join(keys) or "the configuration"
+    place = next((layers.places[keys[:end]] for end in range(len(keys), 0, -1) if keys[:end] in layers.places), "")
+    prefix = f"{place}: " if place else ""
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(keys[:-1])
+        near = difflib.get_close_matches(keys[-1], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(sorted(known))}"
+        return f"{prefix}unknown key {dotted}; {hint}"
+    if problem["type"] == "missing":
+        return "\n".join(
+            f"{name} is not set; give it in a YAML file or as an override {name}=VALUE" for name in _required(keys)
+        )
+    if problem["type"] == "value_error":
+        return f"{prefix}{problem['ctx']['error']}"
+    return f"{prefix}{dotted} is {problem['input']!r}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _without_union_tags(location: Path_) -> Path_:
+    """Drop the tags that pydantic inserts for discriminated unions: they are no keys of the file."""
+    tags = {"hold_then_linear", "constant"}
+    return tuple(
+        part for index, part in enumerate(location) if not (part in tags and location[index - 1] == "schedule")
+    )
+
+
+def _known_keys(keys: Path_) -> list[str]:
+    """Field names of the section at `keys`; union members are pooled."""
+    return [name for model in _models_at(keys) for name in model.model_fields]
+
+
+def _required(keys: Path_) -> list[str]:
+    """What has to be given for `keys`: the key itself, or the required keys of the section that it names."""
+    sections = _models_below(_models_at(keys[:-1]), keys[-1])
+    names = [name for model in sections[:1] for name, field in model.model_fields.items() if field.is_required()]
+    return [".".join((*keys, name)) for name in names] or [".".join(keys)]
+
+
+def _models_at(keys: Path_) -> list[type[BaseModel]]:
+    models: list[type[BaseModel]] = [RunConfig]
+    for key in keys:
+        models = _models_below(models, key) or models  # a name inside a mapping of sections, for example a route's
+    return models
+
+
+def _models_below(models: Iterable[type[BaseModel]], key: str) -> list[type[BaseModel]]:
+    annotations = [model.model_fields[key].annotation for model in models if key in model.model_fields]
+    return [nested for annotation in annotations for nested in _models_in(annotation)]
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) is None:
+        return []
+    return [nested for argument in get_args(annotation) for nested in _models_in(argument)]

@@ -1,0 +1,129 @@
+"""What the loop needs of each role. `workers/` supplies Ray actors, tests supply fakes that behave.
+
+Streaming roles are iterator transformers: they pull from the stage before and yield what is ready, so that a
+rollout is graded and annotated while others are still being generated. Order of the output is unspecified;
+identity is `RolloutKey`. Every implementation bounds its waits and raises `WorkerError` naming the suspect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+from trace_rl.batch import (
+    AnnotatedRollout,
+    GradedRollout,
+    Prompt,
+    Rollout,
+    RolloutRequest,
+    RoutedRollout,
+    SpanClass,
+    TeacherRequest,
+    TeacherRows,
+    TrainingBatch,
+)
+
+Metrics = Mapping[str, float]
+
+
+class PromptSource(Protocol):
+    """Training prompts in a reproducible order, with a position that can be saved."""
+
+    def take(self, count: int) -> Sequence[Prompt]: ...
+
+    def heldout(self, count: int) -> Sequence[Prompt]: ...
+
+    def position(self) -> dict[str, int]: ...
+
+    def seek(self, position: Mapping[str, int]) -> None: ...
+
+
+class Generator(Protocol):
+    def generate(self, requests: Sequence[RolloutRequest], temperature: float) -> Iterator[Rollout]: ...
+
+
+class Grader(Protocol):
+    def grade(self, rollouts: Iterable[Rollout]) -> Iterator[GradedRollout]: ...
+
+    def metrics(self) -> Metrics:
+        """Counters since the last call: timeouts, errors and zeros apart."""
+        ...
+
+
+class Annotator(Protocol):
+    def annotate(
+        self, graded: Iterable[GradedRollout], span_classes: frozenset[SpanClass]
+    ) -> Iterator[AnnotatedRollout]:
+        """Annotate the rollouts whose class is wanted at this step; the others pass as `not_requested`."""
+        ...
+
+    def metrics(self) -> Metrics:
+        """Counters since the last call."""
+        ...
+
+
+class ErrorRule(Protocol):
+    """A task's rule that an oracle annotator uses: pure text in, spans over characters out."""
+
+    types: Mapping[str, str]
+    """Closed list of diagnostic types: name -> one line of meaning."""
+
+    def key_spans(self, prompt: Prompt, text: str) -> Sequence[tuple[int, int, str, float]]:
+        """Decisive pieces of a correct response as (char start, char end, type, importance)."""
+        ...
+
+    def error_spans(self, prompt: Prompt, text: str) -> Sequence[tuple[int, int, str, float]]:
+        """The first wrong piece of a wrong response as (char start, char end, type, importance)."""
+        ...
+
+
+class Teacher(Protocol):
+    """Scores the student's tokens under privileged context with weights of its own."""
+
+    def refresh(self, step: int) -> bool:
+        """Bring the teacher's weights up to date if its policy asks for it at this step."""
+        ...
+
+    def score(self, requests: Sequence[TeacherRequest]) -> Sequence[TeacherRows]:
+        """Return one `TeacherRows` per request, in the order of the requests."""
+        ...
+
+    def save(self, path: Path) -> None: ...
+
+    def load(self, path: Path) -> None: ...
+
+
+class Learner(Protocol):
+    def train_step(self, batch: TrainingBatch) -> Metrics: ...
+
+    def save(self, path: Path) -> None: ...
+
+    def load(self, path: Path) -> None: ...
+
+
+class WeightSync(Protocol):
+    """Moves the learner's weights to every engine and proves that they arrived."""
+
+    def sync(self, version: int) -> Metrics: ...
+
+
+class Journal(Protocol):
+    """Where a run leaves its trace; also the only clock."""
+
+    def stage(self, name: str) -> AbstractContextManager[None]:
+        """Time a stage of the current step; reported as `time/{name}_s`."""
+        ...
+
+    def log_step(self, step: int, metrics: Metrics) -> None: ...
+
+    def log_evaluation(self, step: int, metrics: Metrics) -> None: ...
+
+    def log_rollouts(self, step: int, routed: Sequence[RoutedRollout]) -> None: ...
+
+
+class Checkpoints(Protocol):
+    """Complete or absent, never half: a checkpoint is everything that the next step depends on."""
+
+    def save(self, step: int, position: Mapping[str, int]) -> None: ...

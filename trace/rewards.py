@@ -1,0 +1,110 @@
+"""What a response earns: 1 when its answer equals the reference answer, 0 otherwise.
+
+The answer is the content of the last complete `\\boxed{}`; without one, the last piece of math or the last number.
+Equality is decided by math-verify (LaTeX parsed by a grammar, compared by sympy).
+
+Invariants:
+* Model text is never evaluated as code: math-verify's plain-expression path, which hands text to Python's `eval`
+  through sympy's `parse_expr`, is not used; everything is read as LaTeX.
+* Extraction takes time linear in the text. Parsing and comparing may take forever (`9^{9^{9^9}}`), and the
+  signal-based timeouts of math-verify cannot interrupt big-integer arithmetic, so they are off: a caller runs
+  `grade_text` in a process that it can kill (`trace_rl.workers.grading`).
+
+This module must not know about deadlines, truncated rollouts or who asks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from functools import lru_cache
+from typing import Any
+
+from math_verify import LatexExtractionConfig, parse, verify
+
+from trace_rl.errors import RewardError
+
+MAX_ANSWER_CHARS = 2000
+"""Longer answers are graded 0; no reference answer is that long, and the grammar is slow on garbage."""
+
+_BRACE = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
+_CANDIDATE = re.compile(
+    r"""
+    \$\$ (?P<display>.{1,500}?) \$\$
+    | \$ (?P<inline>[^$\n]{1,500}) \$
+    | \\\( (?P<paren>.{1,500}?) \\\)
+    | \\\[ (?P<bracket>.{1,500}?) \\\]
+    | (?P<number> (?: (?<![\w)]) - )? (?: \d{1,3} (?:,\d{3})+ (?!\d) | \d+ ) (?:\.\d+)? (?: /\d+ )? %? )
+    """,
+    re.DOTALL | re.VERBOSE,
+)
+_LATEX = (LatexExtractionConfig(boxed_match_priority=0),)
+
+
+def grade_text(text: str, answer: str) -> float:
+    """1.0 if the response's answer equals the reference answer, else 0.0.
+
+    Args:
+        text: the response without special tokens.
+        answer: the reference, plain ("70", "1/2") or LaTeX, boxed or not.
+
+    Raises:
+        RewardError: the reference answer cannot be read, or the comparison itself failed.
+
+    May run for any time and take any memory; see the module docstring.
+    """
+    found = extract_answer(text)
+    if not found or len(found) > MAX_ANSWER_CHARS:
+        return 0.0
+    reference = _last_boxed(answer) or answer.strip()
+    if found == reference:
+        return 1.0
+    gold = _parse_reference(reference)
+    try:
+        is_equal = verify(list(gold), _parse(found), timeout_seconds=None, raise_on_error=True)
+    except Exception as error:
+        raise RewardError(
+            f"Comparing the answer {found[:80]!r} with the reference {reference[:80]!r} failed with "
+            f"{type(error).__name__}; the response counts as wrong, report the pair to math-verify if it should not."
+        ) from error
+    return 1.0 if is_equal else 0.0
+
+
+def extract_answer(text: str) -> str | None:
+    """The text of a response's final answer; None where nothing looks like one."""
+    boxed = _last_boxed(text)
+    if boxed is not None:
+        return boxed
+    candidates = deque(_CANDIDATE.finditer(text), maxlen=1)
+    return candidates[0][candidates[0].lastgroup or 0].strip() if candidates else None
+
+
+def _last_boxed(text: str) -> str | None:
+    """Content of the complete box that closes last, braces balanced."""
+    content: str | None = None
+    open_braces: list[int | None] = []  # where a box's content starts; None for other braces
+    for brace in _BRACE.finditer(text):
+        if brace["box"]:
+            open_braces.append(brace.end())
+        elif brace.group() == "{":
+            open_braces.append(None)
+        elif brace.group() == "}" and open_braces:
+            start = open_braces.pop()
+            content = content if start is None else text[start : brace.start()].strip()
+    return content
+
+
+@lru_cache(maxsize=1024)
+def _parse_reference(reference: str) -> tuple[Any, ...]:
+    """The parsed reference; cached because a whole group of rollouts shares it."""
+    gold = _parse(reference) if reference else []
+    if not gold:
+        raise RewardError(
+            f"The reference answer {reference[:80]!r} cannot be read as a number or LaTeX: correct the answer of this "
+            "prompt in the data."
+        )
+    return tuple(gold)
+
+
+def _parse(answer: str) -> list[Any]:
+    return list(parse(f"\\boxed{{{answer}}}", _LATEX, parsing_timeout=None))

@@ -1,0 +1,337 @@
+"""Samples rollouts with vLLM: `GeneratorEngine` is the actor that holds one engine, `VllmGenerator` the driver's view.
+
+Decides how requests are spread over engines and how a vLLM output becomes a `Rollout`. It must not know rewards,
+routes, or how weights are transferred beyond the calls of vLLM's weight transfer API.
+
+Invariants: an engine samples only with weights that were proven (`accept`), and every rollout of one call carries that
+one version; token ids and log-probs are the sampler's own, under the sampling distribution (after temperature); the
+prefix cache never outlives the weights that filled it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+from jaxtyping import Float
+from ray.exceptions import RayError
+
+from trace_rl.batch import Rollout, RolloutRequest
+from trace_rl.config.roles import GeneratorSettings, Model
+from trace_rl.errors import TraceError, WeightSyncError, WorkerError
+from trace_rl.workers import environment
+from trace_rl.workers.waiting import first_cause, wait_for, worker_error
+from trace_rl.workers.weight_sender import TransferBackend, TransferGroup, WeightManifest, transport_gist
+
+_CPU_BATCH_TOKENS = 4096
+_CPU_BLOCK_TOKENS = 32
+_ARRIVAL_S = 60.0  # for rollouts that are finished and only have to be copied
+
+
+@dataclass(frozen=True)
+class WeightReceipt:
+    """What an engine holds after an update, by its own account."""
+
+    version: int
+    digest: str
+
+
+class GeneratorEngine:
+    """One vLLM engine inside its actor: `ray.remote(GeneratorEngine).options(...).remote(...)`.
+
+    Args:
+        index: position among the engines; names this one in errors.
+        model: `path` is a folder or hub name that vLLM can load.
+        max_model_len: longest prompt plus completion, in tokens.
+        backend: transport of the weights.
+        seed: engine seed; samples depend on the requests' own seeds only.
+        loaded_version: version to report for the weights on disk, for use without a learner. Without it nothing is
+            generated until a weight sync has proven the weights.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        model: Model,
+        settings: GeneratorSettings,
+        max_model_len: int,
+        backend: TransferBackend,
+        seed: int = 0,
+        loaded_version: int | None = None,
+    ) -> None:
+        environment.apply(settings.kv_cache_gib)
+        is_cpu = not environment.has_gpu()
+        if is_cpu:
+            os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(settings.kv_cache_gib)  # inherited values are another engine's
+        from vllm import LLM
+        from vllm.config import WeightTransferConfig
+
+        from trace_rl.workers.weight_receiver import WORKER_EXTENSION
+
+        self._name = f"generator engine {index}"
+        self._backend: TransferBackend = backend
+        self._llm = LLM(
+            model=model.path,
+            dtype=model.dtype,
+            trust_remote_code=model.trust_remote_code,
+            max_model_len=max_model_len,
+            max_num_seqs=settings.max_concurrent_sequences,
+            gpu_memory_utilization=settings.gpu_memory_frac,
+            enforce_eager=settings.enforce_eager or is_cpu,
+            enable_prefix_caching=True,
+            logprobs_mode="processed_logprobs",
+            seed=seed,
+            weight_transfer_config=WeightTransferConfig(backend=f"trace_{backend}"),
+            worker_extension_cls=WORKER_EXTENSION,
+            **(_cpu_settings(max_model_len) if is_cpu else {}),
+        )
+        self._tokenizer = self._llm.get_tokenizer()
+        self._proven_version: int | None = None
+        if loaded_version is not None:
+            self._llm.update_weight_version(str(loaded_version))
+            self._proven_version = loaded_version
+
+    def ready(self) -> str:
+        """The engine's name, once it can be used."""
+        return self._name
+
+    def generate(
+        self, requests: Sequence[RolloutRequest], temperature: float, max_tokens: int
+    ) -> Iterator[list[Rollout]]:
+        """Sample one completion per request; yields those that finished in the same engine step.
+
+        Raises:
+            WeightSyncError: the weights of this engine are not proven.
+            WorkerError: vLLM gave a request up.
+        """
+        if self._proven_version is None:
+            raise WeightSyncError(
+                f"{self._name} was asked for rollouts while its weights are unproven; sync the weights first"
+            )
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        engine = self._llm.llm_engine
+        pending: dict[str, RolloutRequest] = {}
+        try:
+            for number, request in enumerate(requests):
+                params = SamplingParams(
+                    temperature=temperature,
+                    max_tokens=max_tokens,
+                    seed=request.seed,
+                    logprobs=0,
+                    flat_logprobs=True,
+                    detokenize=False,
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                )
+                prompt = {"prompt_token_ids": list(request.prompt_token_ids)}
+                pending[str(number)] = request
+                engine.add_request(str(number), prompt, params)
+            while engine.has_unfinished_requests():
+                finished = [output for output in engine.step() if output.finished]
+                if finished:
+                    yield [self._rollout(pending.pop(output.request_id), output.outputs[0]) for output in finished]
+        finally:
+            engine.abort_request(list(pending))
+
+    def _rollout(self, request: RolloutRequest, completion: Any) -> Rollout:
+        if completion.finish_reason not in ("stop", "length"):
+            raise WorkerError(
+                f"{self._name} ended sample {request.sample} of prompt {request.prompt.prompt_id} with "
+                f"{completion.finish_reason!r}, expected 'stop' or 'length'; see its log"
+            )
+        token_ids = tuple(completion.token_ids)
+        versions = {int(span.version) for span in completion.weight_versions}
+        if versions != {self._proven_version}:
+            raise WeightSyncError(
+                f"{self._name} wrote sample {request.sample} of prompt {request.prompt.prompt_id} with weight versions "
+                f"{sorted(versions)}, but version {self._proven_version} is the proven one"
+            )
+        return Rollout(
+            prompt=request.prompt,
+            sample=request.sample,
+            prompt_token_ids=request.prompt_token_ids,
+            token_ids=token_ids,
+            rollout_logprobs=_sampled_logprobs(completion.logprobs, token_ids),
+            finish_reason=completion.finish_reason,
+            policy_version=versions.pop(),
+            text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
+        )
+
+    def score(self, sequences: Sequence[tuple[int, ...]]) -> list[Float[np.ndarray, " time"]]:
+        """Log-probs of token sequences at temperature 1, computed anew (no cached prefix is read).
+
+        Returns:
+            One array [len(sequence) - 1] per sequence: element t is log p(sequence[t + 1] | sequence[: t + 1]).
+        """
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False, skip_reading_prefix_cache=True, seed=0
+        )
+        prompts = [{"prompt_token_ids": list(sequence)} for sequence in sequences]
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        return [
+            np.array(
+                [entry[token].logprob for token, entry in zip(sequence[1:], output.prompt_logprobs[1:], strict=True)],
+                dtype=np.float32,
+            )
+            for sequence, output in zip(sequences, outputs, strict=True)
+        ]
+
+    def join_transfer(self, group: TransferGroup, rank: int) -> None:
+        """Join the weight sender's group; leaves the one joined before. Raises WeightSyncError at the deadline."""
+        from trace_rl.workers.weight_receiver import init_info
+
+        try:
+            self._llm.init_weight_transfer_engine({"init_info": init_info(self._backend, group, rank)})
+        except (RuntimeError, OSError) as error:
+            raise WeightSyncError(
+                f"{self._name} could not join the weight sender at {group.address}:{group.port} within "
+                f"{group.timeout_s:g} s ({transport_gist(error)}); look at the learner's errors"
+            ) from error
+
+    def receive_weights(self, manifest: WeightManifest, version: int) -> WeightReceipt:
+        """Take the sender's next weights as `version`; they stay unproven until `accept`.
+
+        Raises:
+            WeightSyncError: the sender was lost or late, or vLLM could not load what came; names this engine.
+        """
+        from trace_rl.workers.weight_receiver import update_info
+
+        self._proven_version = None
+        try:
+            self._llm.start_weight_update()
+            self._llm.update_weights({"update_info": update_info(manifest)})
+            self._llm.finish_weight_update(str(version))
+        except TraceError as error:
+            raise WeightSyncError(f"{self._name} at version {version}: {error}") from error
+        except Exception as error:
+            raise WeightSyncError(f"{self._name} could not load the weights of version {version}: {error!r}") from error
+        if not self._llm.reset_prefix_cache():
+            raise WeightSyncError(
+                f"{self._name} kept its prefix cache after version {version} arrived, because requests still run; let "
+                "them finish before a sync"
+            )
+        return self.weight_receipt()
+
+    def weight_receipt(self) -> WeightReceipt:
+        """Version and digest of the weights that were received last."""
+        digests = set(self._llm.collective_rpc("received_digest"))
+        return WeightReceipt(int(self._llm.get_weight_version()), "+".join(sorted(digests)))
+
+    def accept(self, version: int) -> None:
+        """Declare the weights proven, so that rollouts may be sampled."""
+        self._proven_version = version
+
+
+def _cpu_settings(max_model_len: int) -> dict[str, Any]:
+    """Scheduler settings for CPUs.
+
+    A prompt is prefilled in one piece: vLLM 0.32 rewinds a seeded request's generator when it prefills only a part of
+    the prompt, which CPU generators cannot do: the engine dies once the prompts of a batch exceed its token budget.
+    Blocks are smaller than the default of 128 tokens because only whole blocks of a prompt are shared by its group.
+    """
+    return {
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(_CPU_BATCH_TOKENS, max_model_len),
+        "block_size": _CPU_BLOCK_TOKENS,
+    }
+
+
+def _sampled_logprobs(logprobs: Any, token_ids: Sequence[int]) -> Float[np.ndarray, " time"]:
+    """Log-probs of the sampled tokens out of vLLM's flat table, which lists them first at each position."""
+    starts = logprobs.start_indices
+    if [logprobs.token_ids[start] for start in starts] != list(token_ids):
+        raise WorkerError(
+            "vLLM's log-prob table does not list the sampled tokens first; the vLLM version is unsupported"
+        )
+    return np.array([logprobs.logprobs[start] for start in starts], dtype=np.float32)
+
+
+class VllmGenerator:
+    """Spreads requests over engine actors and yields rollouts as any engine finishes them.
+
+    Args:
+        engines: actor handles of `GeneratorEngine`, in the order of their index.
+        max_tokens: response budget of a completion.
+        timeout_s: deadline of one call.
+    """
+
+    def __init__(self, engines: Sequence[Any], max_tokens: int, timeout_s: float) -> None:
+        self._engines = list(engines)
+        self._max_tokens = max_tokens
+        self._timeout_s = timeout_s
+
+    def generate(self, requests: Sequence[RolloutRequest], temperature: float) -> Iterator[Rollout]:
+        """Submit everything now; iterate to receive.
+
+        Raises:
+            WorkerError: an engine died, failed or missed the deadline.
+            WeightSyncError: an engine's weights are unproven, or two engines sampled with different versions.
+        """
+        deadline = time.monotonic() + self._timeout_s
+        shares = split_by_prompt(requests, len(self._engines))
+        streams = {
+            engine.generate.options(num_returns="streaming").remote(share, temperature, self._max_tokens): index
+            for index, (engine, share) in enumerate(zip(self._engines, shares, strict=True))
+            if share
+        }
+        return self._collect(streams, [len(share) for share in shares], deadline)
+
+    def _collect(self, streams: dict[Any, int], missing: list[int], deadline: float) -> Iterator[Rollout]:
+        versions: dict[int, int] = {}
+        while streams:
+            ready, _ = ray.wait(list(streams), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                late = ", ".join(f"{index} ({missing[index]} rollouts missing)" for index in sorted(streams.values()))
+                raise WorkerError(
+                    f"no rollout came before the deadline of {self._timeout_s:g} s (placement.step_timeout_s) from "
+                    f"generator engine {late}; raise the deadline or look at the engine's log"
+                )
+            stream = ready[0]
+            index = streams[stream]
+            chunk = _next_chunk(stream, index)
+            if chunk is None:
+                del streams[stream]
+                continue
+            for rollout in chunk:
+                missing[index] -= 1
+                versions[index] = rollout.policy_version
+                if len(set(versions.values())) > 1:
+                    raise WeightSyncError(
+                        f"generator engines sampled with different weight versions (engine: version {versions}); the "
+                        "rollouts of one step must come from one proven version"
+                    )
+                yield rollout
+        if any(missing):
+            raise WorkerError(f"generator engines ended with rollouts missing: {missing} (per engine); see their logs")
+
+
+def _next_chunk(stream: Any, index: int) -> list[Rollout] | None:
+    """What the ready stream yields next, None at its end."""
+    name = f"generator engine {index}"
+    try:
+        reference = next(stream)
+    except StopIteration:
+        return None
+    except RayError as error:
+        raise worker_error(error, name, "generating") from first_cause(error)
+    chunk: list[Rollout] = wait_for(reference, _ARRIVAL_S, name, "sending finished rollouts")
+    return chunk
+
+
+def split_by_prompt(requests: Sequence[RolloutRequest], num_shares: int) -> list[list[RolloutRequest]]:
+    """Shares of near equal size that keep each prompt's requests together, so that an engine reuses the prefix."""
+    groups: dict[str, list[RolloutRequest]] = {}
+    for request in requests:
+        groups.setdefault(request.prompt.prompt_id, []).append(request)
+    shares: list[list[RolloutRequest]] = [[] for _ in range(num_shares)]
+    for group in groups.values():
+        min(shares, key=len).extend(group)
+    return shares

@@ -1,0 +1,242 @@
+"""The learner as the driver sees it: one object over the rank actors.
+
+Implements `trace_rl.protocols.Learner` for the loop, `trace_rl.workers.weight_sync.WeightSource` for the weight sync,
+and what the teacher needs to follow the policy. Decides how ranks are started, waited for and blamed. Must not know how
+a rank trains.
+
+Every wait has a deadline and names the ranks that missed it. When a rank dies the others hang in a collective, so the
+first failure ends the wait; a dead rank is blamed before the complaints of its peers. A batch whose step cannot be
+trusted is written to `dumps/` of the run folder before the error goes on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from jaxtyping import Float
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from torch import Tensor
+
+from trace_rl.batch import TrainingBatch
+from trace_rl.config.run import RunConfig
+from trace_rl.errors import ConfigError, TraceError, TrainingError, WorkerError
+from trace_rl.token_loss import route_losses, summarise
+from trace_rl.workers import checkpoint
+from trace_rl.workers.learner_rank import LearnerRank, LearnerSpec, StepReport, merge_sums
+from trace_rl.workers.waiting import first_cause, worker_error
+from trace_rl.workers.weight_sender import TransferGroup, WeightManifest, transfer_backend
+
+_BLAME_GRACE_S = 5.0
+"""How long to look for a dead rank after the first error; its peers often complain before Ray knows."""
+
+
+def learner_spec(config: RunConfig) -> LearnerSpec:
+    """What a rank needs to know of a run.
+
+    Raises:
+        ConfigError: ZeRO-0 with bfloat16, which DeepSpeed cannot accumulate in float32.
+    """
+    if config.learner.zero_stage == 0 and config.model.dtype == "bfloat16":
+        raise ConfigError(
+            "learner.zero_stage is 0 and model.dtype is bfloat16, but DeepSpeed then adds up gradients in bfloat16; "
+            "set learner.zero_stage to 1 or more"
+        )
+    return LearnerSpec(
+        model=config.model,
+        settings=config.learner,
+        policy_gradient=config.algorithm.policy_gradient,
+        routes=route_losses(config.algorithm),
+        sampling_temperature=config.sampling.temperature,
+        num_optimizer_steps=config.run.steps * config.learner.minibatches_per_step,
+        seed=config.run.seed,
+        collective_timeout_s=config.placement.step_timeout_s,
+        transfer_backend=transfer_backend(config.sync, config.placement),
+        bucket_mib=config.sync.bucket_mib,
+        is_single_node=config.placement.ray_address == "local",
+    )
+
+
+class DeepSpeedLearner:
+    """The ranks of the learner.
+
+    Args:
+        config: `model.path` must name a folder or a hub model by now.
+        actor_options: further options of every rank's actor, such as a scheduling strategy.
+
+    Raises:
+        WorkerError: a rank did not become ready within placement.start_timeout_s.
+        ModelError: the model cannot be used.
+    """
+
+    def __init__(self, config: RunConfig, run_folder: Path, actor_options: Mapping[str, Any] | None = None) -> None:
+        self._spec = learner_spec(config)
+        self._dumps = run_folder / "dumps"
+        self._step_timeout_s = config.placement.step_timeout_s
+        self._start_timeout_s = config.placement.start_timeout_s
+        resources = config.placement.learner
+        actor = ray.remote(LearnerRank).options(
+            num_cpus=resources.num_cpus,
+            num_gpus=resources.num_gpus,
+            **(actor_options or {}),
+        )
+        self._ranks = [actor.remote(self._spec, rank) for rank in range(config.learner.world_size)]
+        try:
+            address, port = self._wait([self._ranks[0].open_store.remote()], "starting", start=True)[0]
+            self._manifest: WeightManifest = self._all("start", address, port, start=True)[0]
+        except BaseException:
+            self.close()
+            raise
+
+    def train_step(self, batch: TrainingBatch) -> dict[str, float]:
+        """Train on one global batch; returns metrics over all ranks.
+
+        Raises:
+            TrainingError: a loss or gradient was not finite; names the step and the file that holds the batch.
+        """
+        started = time.monotonic()
+        try:
+            reports: list[StepReport] = self._all("train_step", ray.put(batch))
+        except TrainingError as error:
+            raise TrainingError(f"{error}; the batch is in {self._dump(batch, str(error))}") from error
+        sums: dict[str, float] = {}
+        for report in reports:
+            merge_sums(sums, report.sums)
+        first = reports[0]
+        return summarise(sums, self._spec.routes) | {
+            "learner/grad_norm": float(np.mean(first.grad_norms)),
+            "learner/learning_rate": first.learning_rate,
+            "learner/num_micro_batches": float(first.num_micro_batches),
+            "learner/padding_frac": first.padding_frac,
+            "learner/duration_s": time.monotonic() - started,
+        }
+
+    def set_teacher_head(self, head: ray.ObjectRef[Tensor]) -> None:
+        """Give every rank the teacher's output head [vocab, hidden]; once per refresh of the teacher."""
+        self._all("set_teacher_head", head)
+
+    def export_state(self) -> Iterator[ray.ObjectRef[dict[str, Tensor]]]:
+        """Stream the full weights as references to buckets {Hugging Face name: tensor}, tied weights once.
+
+        Pass the references on to another actor, and the weights never pass through the driver.
+        """
+        doing = "exporting its weights"
+        streams = [rank.export_state.remote() for rank in self._ranks]
+        ends = [stream.completed() for stream in streams]
+        others = ends[1:]  # they yield nothing, but when one of them dies rank 0 waits for it in a collective
+        deadline = time.monotonic() + self._step_timeout_s
+        while True:
+            patience_s = max(0.0, deadline - time.monotonic())
+            ready, _ = ray.wait([streams[0], *others], timeout=patience_s, fetch_local=False)
+            if not ready:
+                raise self._late([0], doing, self._step_timeout_s, "placement.step_timeout_s")
+            for end in [end for end in others if end in ready]:
+                if _failure(end) is not None:
+                    raise self._blame(ends, end, doing)
+                others.remove(end)
+            if streams[0] in ready:
+                try:
+                    yield next(streams[0])
+                except StopIteration:
+                    break
+        self._wait(ends, doing)
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint that carries the name `path` only when it is complete."""
+        with checkpoint.published(path) as folder:
+            self._all("save", str(folder.absolute()))
+
+    def load(self, path: Path) -> None:
+        """Continue exactly from a checkpoint of the same layout.
+
+        Raises:
+            CheckpointError: it is missing, incomplete, or of another world size, ZeRO stage or precision.
+        """
+        self._all("load", str(path.absolute()))
+
+    def rendezvous(self) -> tuple[str, int]:
+        """Address of rank 0's node and a port that is free there."""
+        return self._wait([self._ranks[0].rendezvous.remote()], "looking for a free port")[0]
+
+    def describe_weights(self) -> WeightManifest:
+        """Names, full shapes and dtypes of what `send_weights` sends."""
+        return self._manifest
+
+    def connect_sender(self, group: TransferGroup) -> ray.ObjectRef[None]:
+        """Start to open the transfer group on rank 0."""
+        return self._ranks[0].connect_sender.remote(group)
+
+    def send_weights(self, version: int) -> list[ray.ObjectRef[str]]:
+        """Start to send the weights from rank 0, which resolves to a digest; the other ranks join in the gathering."""
+        return [rank.send_weights.remote(version) for rank in self._ranks]
+
+    def canary_logprobs(self, sequences: Sequence[tuple[int, ...]]) -> list[Float[np.ndarray, " time"]]:
+        """Log-probs [len(sequence) - 1] of fixed sequences at temperature 1."""
+        return self._all("canary_logprobs", list(sequences))[0]
+
+    def close(self) -> None:
+        """End the ranks."""
+        for rank in self._ranks:
+            ray.kill(rank)
+
+    def _all(self, method: str, *args: Any, start: bool = False) -> list[Any]:
+        """Call a method on every rank and wait for all of them."""
+        return self._wait([getattr(rank, method).remote(*args) for rank in self._ranks], f"calling {method}", start)
+
+    def _wait(self, references: Sequence[ray.ObjectRef[Any]], doing: str, start: bool = False) -> list[Any]:
+        timeout_s = self._start_timeout_s if start else self._step_timeout_s
+        deadline = time.monotonic() + timeout_s
+        pending = list(references)
+        while pending:
+            ready, pending = ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                setting = "placement.start_timeout_s" if start else "placement.step_timeout_s"
+                late = [references.index(reference) for reference in pending]
+                raise self._late(late, doing, timeout_s, setting)
+            errors = {reference: error for reference in ready if (error := _failure(reference)) is not None}
+            if errors:
+                raise self._blame(references, errors, doing)
+        return [ray.get(reference) for reference in references]
+
+    def _blame(
+        self, references: Sequence[ray.ObjectRef[Any]], errors: dict[ray.ObjectRef[Any], RayError], doing: str
+    ) -> Exception:
+        """The error to raise for a failed call: that of a dead rank if there is one, else the first that came."""
+        failed, error = next(iter(errors.items()))
+        others = [reference for reference in references if reference not in errors]
+        if others and not isinstance(first_cause(error), RayActorError | TraceError):
+            ray.wait(others, num_returns=len(others), timeout=_BLAME_GRACE_S)
+            for reference in others:
+                found = _failure(reference, timeout=0)
+                if isinstance(found, RayActorError):
+                    failed, error = reference, found
+        return worker_error(error, f"learner rank {references.index(failed)}", doing)
+
+    def _late(self, ranks: Sequence[int], doing: str, timeout_s: float, setting: str) -> WorkerError:
+        names = ", ".join(str(rank) for rank in ranks)
+        return WorkerError(
+            f"learner rank {names} did not finish {doing} within {timeout_s:g} s ({setting}); look at its log, or "
+            "raise the deadline if the work is that long"
+        )
+
+    def _dump(self, batch: TrainingBatch, reason: str) -> Path:
+        self._dumps.mkdir(parents=True, exist_ok=True)
+        file = self._dumps / f"step_{batch.step:06d}.pt"
+        torch.save({"reason": reason, "batch": batch}, file)
+        return file
+
+
+def _failure(reference: ray.ObjectRef[Any], timeout: float | None = None) -> RayError | None:
+    """The error that a finished call ended with; None when it succeeded, or is not finished within `timeout`."""
+    try:
+        ray.get(reference, timeout=timeout)
+    except GetTimeoutError:
+        return None
+    except RayError as error:
+        return error
+    return None

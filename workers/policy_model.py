@@ -1,0 +1,125 @@
+"""Loading of Hugging Face causal LMs, and the forward passes that learner and teacher share.
+
+Decides what a usable model is: one whose logits are exactly `hidden @ head.T`, with the head of `head_weight`. The
+divergences rebuild the teacher's logits from its hidden states in that way, so soft-capped, scaled or biased logits
+are refused when the model is loaded, by comparing numbers rather than by a list of architectures.
+Must not know Ray, DeepSpeed or the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from trace_rl.config.roles import Model
+from trace_rl.errors import ModelError
+from trace_rl.packing import MicroBatch
+
+Result = TypeVar("Result")
+
+_PROBE_TOKENS = 4
+_HEAD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+
+def load_policy(model: Model, device: torch.device) -> PreTrainedModel:
+    """Load a causal LM in the configured precision, without dropout.
+
+    Raises:
+        ModelError: it cannot be loaded, or its logits are not `hidden @ head.T`.
+    """
+    try:
+        policy = AutoModelForCausalLM.from_pretrained(
+            model.path, dtype=getattr(torch, model.dtype), trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        found = "the folder" if Path(model.path).is_dir() else "no folder of that name exists, and the hub name"
+        raise ModelError(
+            f"model.path: {found} {model.path!r} cannot be loaded as a causal language model ({error}); give a folder "
+            "with config.json and safetensors, or the hub name of a model that transformers.AutoModelForCausalLM knows"
+        ) from error
+    if device.type == "cpu":
+        # Flash attention on CPUs approximates exp; without it the largest error against float64 is about half.
+        torch.backends.cuda.enable_flash_sdp(False)
+    policy.to(device)
+    _disable_dropout(policy)
+    check_head(policy, model.path)
+    return policy
+
+
+def check_head(policy: PreTrainedModel, name: str) -> None:
+    """Refuse a model whose logits are not `hidden @ head.T`.
+
+    Raises:
+        ModelError: soft-capping, scaling, a bias or a missing head makes the logits something else.
+    """
+    head = policy.get_output_embeddings()
+    if head is None or not isinstance(getattr(head, "weight", None), Tensor):
+        raise ModelError(f"model.path: {name!r} has no linear output head; choose a causal language model with one")
+    ids = torch.arange(_PROBE_TOKENS, device=policy.device).unsqueeze(0)
+    was_training = policy.training
+    policy.eval()
+    with torch.no_grad():
+        actual = policy(input_ids=ids, use_cache=False).logits.float()
+        hidden = final_hidden(policy, ids, torch.ones_like(ids), ids)
+        rebuilt = (hidden.to(head.weight.dtype) @ head.weight.T).float()
+    policy.train(was_training)
+    gap = (actual - rebuilt).abs().max().item()
+    scale = max(1.0, actual.abs().max().item())
+    if not gap <= _HEAD_TOLERANCE[head.weight.dtype] * scale:
+        raise ModelError(
+            f"model.path: the logits of {name!r} differ by {gap:.3g} from hidden @ head.T (soft-capping, scaling or a "
+            "bias of the head, or weights that are not finite); choose a model with a plain linear head"
+        )
+
+
+def final_hidden(
+    policy: PreTrainedModel,
+    input_ids: Int[Tensor, "batch time"],
+    attention_mask: Int[Tensor, "batch time"],
+    position_ids: Int[Tensor, "batch time"],
+) -> Float[Tensor, "batch time hidden"]:
+    """Hidden states after the last norm: what the output head reads."""
+    output = policy.get_decoder()(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+    )
+    return output.last_hidden_state
+
+
+def head_weight(policy: PreTrainedModel) -> Float[Tensor, "vocab hidden"]:
+    """The output head (under ZeRO-3 only a placeholder, unless it is gathered)."""
+    return policy.get_output_embeddings().weight
+
+
+class RowModel(nn.Module):
+    """The policy as the learner runs it: projects the rows that predict response tokens, and only those.
+
+    One module for training and scoring, because ZeRO-3 gathers and releases weights by the hooks of the module that
+    its engine wraps; what is done with the logits comes in as a function.
+    """
+
+    def __init__(self, policy: PreTrainedModel) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(
+        self, micro_batch: MicroBatch, objective: Callable[[Float[Tensor, "row vocab"], MicroBatch], Result]
+    ) -> Result:
+        """Return `objective(logits, micro_batch)`; without rows the head still runs, so every rank does the same."""
+        hidden = final_hidden(self.policy, micro_batch.input_ids, micro_batch.attention_mask, micro_batch.position_ids)
+        rows = hidden.flatten(0, 1)[micro_batch.row_index]
+        return objective(self.policy.get_output_embeddings()(rows), micro_batch)
+
+
+def _disable_dropout(policy: PreTrainedModel) -> None:
+    """The ratio to the sampler's log-probs means nothing under dropout."""
+    for module in policy.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
