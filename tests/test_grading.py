@@ -27,7 +27,7 @@ def pool() -> Iterator[GradingPool]:
 def is_grading(process: psutil.Process) -> bool:
     try:
         return "trace_rl.workers.grading" in process.cmdline()
-    except psutil.NoSuchProcess:  # ended since it was listed; a zombie, also one another test left behind, counts as ended
+    except psutil.NoSuchProcess:  # ended since it was listed; so has a zombie, whoever left it behind
         return False
 
 
