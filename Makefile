@@ -13,7 +13,7 @@ SLOW := $(VENV)/.slow-$(PROFILE)
 TARGETS := trace workers launch tests benchmarks setup.py
 INSTALL := sh launch/setup/install.sh $(BIN)
 
-.PHONY: help setup demo check test test-slow bench build base-model lock clean
+.PHONY: help setup demo check test test-slow bench build docs base-model lock clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -46,6 +46,9 @@ bench: setup  ## every benchmark in benchmarks/
 build: setup  ## wheel and source archive in dist/
 	rm -rf build/lib build/bdist.*
 	$(BIN)/python -m build --no-isolation --outdir dist .
+
+docs: setup  ## write docs/methods.md from the presets
+	$(BIN)/python -m trace_rl.launch.methods_page
 
 base-model: setup  ## remake the shipped base model of the arithmetic task
 	$(BIN)/python -m trace_rl.launch.arithmetic_base

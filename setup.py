@@ -47,6 +47,7 @@ setup(
         "trace_rl": SHIPPED_DATA,
         "trace_rl.tasks": SHIPPED_DATA,
         "trace_rl.configs": ["**/*.yaml"],
+        "trace_rl.launch": ["methods_notes.md"],
     },
     install_requires=[
         "datasets>=4,<6",

@@ -24,9 +24,16 @@ from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from trace_rl.batch import Prompt
+from trace_rl.contexts import prompt_question
 from trace_rl.errors import ConfigError, TraceError
-from trace_rl.launch.arithmetic_measure import IRRELEVANT_TYPE, measure_base, write_model_card
-from trace_rl.prompts import ContextKind, privileged_question, render, student_messages
+from trace_rl.launch.arithmetic_measure import (
+    CONTEXTS,
+    IRRELEVANT_TYPE,
+    ContextKind,
+    measure_base,
+    write_model_card,
+)
+from trace_rl.prompts import render, student_messages
 from trace_rl.tasks.arithmetic import ERROR_TYPES, ArithmeticDifficulty, base_model_path, parse_question, question_at
 from trace_rl.tasks.demonstrations import SlipRates, counterfactual_solution, demonstrate
 
@@ -109,7 +116,7 @@ def _tokenizer_corpus(recipe: Recipe) -> Iterator[str]:
     for index in range(200):
         prompt = question_at(recipe.difficulty, recipe.seed, "train", index)
         for context in ("none", "type_label", "reference"):
-            yield privileged_question(prompt, context, [*ERROR_TYPES, IRRELEVANT_TYPE])
+            yield prompt_question(CONTEXTS[context], prompt, [*ERROR_TYPES, IRRELEVANT_TYPE])
         yield prompt.solution
 
 
@@ -144,9 +151,9 @@ def draw_example(
         if rng.random() < recipe.counterfactual_share:
             solution = counterfactual_solution(steps, recipe.difficulty.max_total, recipe.counterfactual_rate, rng)
             prompt = replace(prompt, solution=solution)
-        return privileged_question(prompt, context, ()), prompt.solution
+        return prompt_question(CONTEXTS[context], prompt, ()), prompt.solution
     types = draw_label(rng) if context == "type_label" else ()
-    return privileged_question(prompt, context, types), demonstrate(steps, slips, types, rng)
+    return prompt_question(CONTEXTS[context], prompt, types), demonstrate(steps, slips, types, rng)
 
 
 def draw_label(rng: random.Random) -> tuple[str, ...]:

@@ -11,13 +11,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from trace_rl.batch import Prompt
-from trace_rl.prompts import ContextKind, privileged_question, render, student_messages
+from trace_rl.contexts import Context, prompt_question
+from trace_rl.prompts import render, student_messages
 from trace_rl.tasks.arithmetic import ERROR_TYPES, ArithmeticDifficulty, first_error, question_at, write_answer
 
 IRRELEVANT_TYPE = "other"
@@ -95,6 +96,15 @@ def is_answered(prompt: Prompt, completion: str) -> bool:
     return completion.rstrip().endswith(write_answer(int(prompt.answer)))
 
 
+ContextKind = Literal["none", "type_label", "reference"]
+CONTEXTS: Mapping[ContextKind, Context] = {
+    "none": Context(),
+    "type_label": Context(pieces=("type_label",)),
+    "reference": Context(pieces=("reference",)),
+}
+"""What a demonstration's user turn may hold beside the question."""
+
+
 @dataclass(frozen=True)
 class Measurement:
     """Accuracy under one kind of prompt, and what the completions first got wrong."""
@@ -125,7 +135,9 @@ class Meter:
     ) -> tuple[Measurement, list[str]]:
         """One sample a question; `labels` holds the named types of each prompt where the context is `type_label`."""
         types = labels or [()] * len(prompts)
-        turns = [privileged_question(prompt, context, named) for prompt, named in zip(prompts, types, strict=True)]
+        turns = [
+            prompt_question(CONTEXTS[context], prompt, named) for prompt, named in zip(prompts, types, strict=True)
+        ]
         completions = sample_completions(self.model, self.tokenizer, turns, temperature, self.seed)
         pairs = list(zip(prompts, completions, strict=True))
         errors: Counter[str] = Counter(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
 from trace_rl.errors import TraceError
-from trace_rl.overlays import dump_config, load_config
 from trace_rl.workers import environment
+
+if TYPE_CHECKING:
+    from trace_rl.config.run import RunConfig
 
 app = typer.Typer(
     help="Train language models with TRACE, GRPO and their relatives on Ray, vLLM and DeepSpeed.",
@@ -30,8 +34,7 @@ def train(arguments: Arguments) -> None:
     """Train: trace-rl train configs/demo.yaml configs/methods/grpo.yaml run.steps=20"""
     console = Console()
     try:
-        config = load_config(*split_arguments(arguments))
-        environment.apply(config.generator.kv_cache_gib)  # before torch, vLLM, DeepSpeed or Ray is imported
+        config = _load(arguments)
         if config.placement.ray_address == "local":
             environment.protect_private_ray()
         from trace_rl.launch.train import run
@@ -47,7 +50,10 @@ def train(arguments: Arguments) -> None:
 def show_config(arguments: Arguments) -> None:
     """Print the resolved configuration as YAML."""
     try:
-        typer.echo(dump_config(load_config(*split_arguments(arguments))), nl=False)
+        config = _load(arguments)
+        from trace_rl.overlays import dump_config
+
+        typer.echo(dump_config(config), nl=False)
     except TraceError as error:
         _fail(error)
 
@@ -56,6 +62,16 @@ def split_arguments(arguments: list[str]) -> tuple[list[Path], list[str]]:
     """(files, overrides): an override is what holds a `=` and is no existing file."""
     overrides = [text for text in arguments if "=" in text and not Path(text).exists()]
     return [Path(text) for text in arguments if text not in overrides], overrides
+
+
+def _load(arguments: list[str]) -> RunConfig:
+    """Read the configuration; `plugins` are looked for in the working folder too."""
+    environment.apply()  # before torch, vLLM, DeepSpeed or Ray is imported
+    if (folder := os.getcwd()) not in sys.path:
+        sys.path.append(folder)  # last, so that no file there can hide an installed module
+    from trace_rl.overlays import load_config
+
+    return load_config(*split_arguments(arguments))
 
 
 def _fail(error: TraceError | str) -> NoReturn:

@@ -12,7 +12,7 @@ from trace_rl.protocols import Metrics
 
 _COLUMNS = (
     ("reward", "reward/mean", "{:.3f}"),
-    ("KL", "loss/kl", "{:.4f}"),
+    ("routed loss", "loss/routed", "{:.4f}"),
     ("routed", "route/token_frac", "{:.1%}"),
     ("entropy", "policy/entropy_nats", "{:.3f}"),
     ("length", "response/length_mean_tokens", "{:.1f}"),

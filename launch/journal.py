@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from trace_rl.batch import RoutedRollout
+from trace_rl.batch import RoutedRollout, TrainingBatch, TrainingSequence
 from trace_rl.config.roles import Logging
 from trace_rl.launch.display import Display
 from trace_rl.launch.run_folder import RunFolder
@@ -34,15 +34,18 @@ class RunJournal:
         self._stages: dict[str, float] = {}
 
     @property
-    def evaluations(self) -> list[Evaluation]:
-        """Every evaluation in order; read from the file, so that a resumed run knows those before it."""
+    def history(self) -> list[dict[str, float]]:
+        """Everything recorded so far, in order; read from the file, so that a resumed run knows what came before it."""
         if not self._folder.metrics.exists():
             return []
-        lines = self._folder.metrics.read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines]
+        return [json.loads(line) for line in self._folder.metrics.read_text(encoding="utf-8").splitlines()]
+
+    @property
+    def evaluations(self) -> list[Evaluation]:
+        """Every evaluation in order."""
         return [
-            Evaluation(record["step"], record[PASS_AT_1], round(record["heldout/samples"]))
-            for record in records
+            Evaluation(int(record["step"]), record[PASS_AT_1], round(record["heldout/samples"]))
+            for record in self.history
             if PASS_AT_1 in record
         ]
 
@@ -66,14 +69,14 @@ class RunJournal:
         self._write(step, record)
         self._display.evaluation(step, record)
 
-    def log_rollouts(self, step: int, routed: Sequence[RoutedRollout]) -> None:
+    def log_rollouts(self, step: int, routed: Sequence[RoutedRollout], batch: TrainingBatch) -> None:
         every = self._settings.rollouts_every
         if not every or step % every:
             return
         self._folder.rollouts.mkdir(exist_ok=True)
         with (self._folder.rollouts / f"step-{step:06d}.jsonl").open("w", encoding="utf-8") as file:
-            for item in routed[: self._settings.rollouts_per_step]:
-                file.write(json.dumps(_rollout_record(item), ensure_ascii=False) + "\n")
+            for item, sequence in list(zip(routed, batch.sequences, strict=True))[: self._settings.rollouts_per_step]:
+                file.write(json.dumps(_rollout_record(item, sequence), ensure_ascii=False) + "\n")
 
     def close(self) -> None:
         for tracker in self._trackers:
@@ -90,8 +93,8 @@ class RunJournal:
             tracker.log(step, record)
 
 
-def _rollout_record(item: RoutedRollout) -> dict[str, Any]:
-    graded = item.annotated.graded
+def _rollout_record(item: RoutedRollout, sequence: TrainingSequence) -> dict[str, Any]:
+    graded = item.member.graded
     rollout = graded.rollout
     return {
         "prompt_id": rollout.prompt.prompt_id,
@@ -105,12 +108,17 @@ def _rollout_record(item: RoutedRollout) -> dict[str, Any]:
         "reward": graded.reward,
         "grade_cause": graded.cause,
         "advantage": item.advantage,
-        "annotation_cause": item.annotated.cause,
+        "feedback": graded.feedback,
+        "annotation_cause": item.member.annotated.cause,
+        "reflection": item.member.annotated.reflection,
         "spans": [
             {"start": span.start, "end": span.end, "class": span.span_class, "type": span.type}
-            for span in item.annotated.spans
+            for span in item.member.annotated.spans
         ],
-        "pg_weight": item.pg_weight.tolist(),
-        "kl_weight": item.kl_weight.tolist(),
-        "route_index": item.route_index.tolist(),
+        "token_advantages": sequence.advantages.tolist(),
+        "pg_weight": sequence.pg_weight.tolist(),
+        "routes": [
+            {"route": tokens.route, "weight": tokens.weight, "positions": tokens.positions.tolist()}
+            for tokens in item.routed
+        ],
     }

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 EMBEDDED = "task:arithmetic"
 
 
-def resolve_model(model: Model) -> Model:
+def resolve_model(model: Model, setting: str = "model.path") -> Model:
     """Replace `task:arithmetic` by the folder of the embedded base model, and relative folders by absolute ones.
+
+    Args:
+        setting: which setting gave the path; named in errors.
 
     Raises:
         ModelError: the path looks like a folder and is none.
@@ -26,19 +29,22 @@ def resolve_model(model: Model) -> Model:
     folder = Path(model.path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ModelError(f"model.path {model.path!r} has no config.json; give a folder in Hugging Face format")
+            raise ModelError(f"{setting} {model.path!r} has no config.json; give a folder in Hugging Face format")
         return model.model_copy(update={"path": str(folder.resolve())})
     looks_local = folder.is_absolute() or model.path.startswith((".", "~")) or model.path.count("/") != 1
     if looks_local:
         raise ModelError(
-            f"model.path {model.path!r} is not a folder; give a folder in Hugging Face format, a hub name such as "
+            f"{setting} {model.path!r} is not a folder; give a folder in Hugging Face format, a hub name such as "
             f"Qwen/Qwen3-1.7B, or {EMBEDDED!r}"
         )
     return model
 
 
-def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: Model, setting: str = "model.path") -> PreTrainedTokenizerBase:
     """The tokenizer of a resolved model.
+
+    Args:
+        setting: which setting gave the path; named in errors.
 
     Raises:
         ModelError: there is none, or it has no chat template or end-of-sequence token.
@@ -48,10 +54,10 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"no tokenizer loads from model.path {model.path!r} ({first_line(error)})") from error
+        raise ModelError(f"no tokenizer loads from {setting} {model.path!r} ({first_line(error)})") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without its files
         raise ModelError(
-            f"no tokenizer could be loaded from model.path {model.path!r} (it has no vocabulary); put tokenizer.json "
+            f"no tokenizer could be loaded from {setting} {model.path!r} (it has no vocabulary); put tokenizer.json "
             "and tokenizer_config.json beside config.json"
         )
     if not tokenizer.chat_template:

@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING
 from trace_rl.batch import Prompt
 from trace_rl.config.roles import Model
 from trace_rl.config.run import RunConfig
+from trace_rl.config.teacher import External, Teacher
+from trace_rl.contexts import Context, extra_response_pieces
 from trace_rl.errors import ConfigError, DataError, ModelError
 from trace_rl.launch.model_files import load_tokenizer, resolve_model
 from trace_rl.launch.prompt_sources import error_rule, open_source, peek
 from trace_rl.launch.trackers import check_installed
-from trace_rl.prompts import PromptEncoder
+from trace_rl.prompts import PromptEncoder, check_pair
 from trace_rl.protocols import ErrorRule, PromptSource
+from trace_rl.workers.policy_model import vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,6 +40,8 @@ class Ready:
     prompts: PromptSource
     encoder: PromptEncoder
     rule: ErrorRule
+    vocab_size: int
+    """Rows of the policy's output head; 0 where no teacher is started."""
     max_model_len: int
     """Longest sequence of the student's side, in tokens: what an engine has to hold."""
     canaries: tuple[tuple[int, ...], ...]
@@ -50,14 +55,23 @@ def check(config: RunConfig) -> Ready:
         ConfigError, DataError, ModelError: with one sentence for the user.
     """
     check_installed(config.logging)
-    config = config.model_copy(update={"model": resolve_model(config.model)})
+    config = config.model_copy(
+        update={"model": resolve_model(config.model), "teacher": _resolved_teacher(config.teacher)}
+    )
     prompts = open_source(config)
     tokenizer = load_tokenizer(config.model)
+    _check_same_tokens(config, tokenizer)
     rule = error_rule(config)
     encoder = PromptEncoder(
-        tokenizer, config.data.system_prompt, config.model.chat_template_kwargs, config.teacher, tuple(rule.types)
+        tokenizer,
+        config.data.system_prompt,
+        config.model.chat_template_kwargs,
+        config.teacher.chat_template_kwargs,
+        tuple(rule.types),
     )
     first = peek(prompts, config.sampling.prompts_per_step)
+    if config.sampling.source == "solutions":
+        _check_solutions([*_known_prompts(prompts), *first])
     _check_template(encoder, first[0])
     heldout = list(prompts.heldout(config.evaluation.num_prompts))
     if config.evaluation.every and not heldout:
@@ -65,13 +79,49 @@ def check(config: RunConfig) -> Ready:
             "evaluation.every asks for evaluations, but there are no held-out rows; set data.heldout_rows or "
             "data.heldout_path, or evaluation.every=0"
         )
-    longest_teacher = _check_prompts(config, encoder, rule, [*_known_prompts(prompts), *first, *heldout])
+    longest_teacher = _check_prompts(config, encoder, [*_known_prompts(prompts), *first, *heldout])
     max_model_len = config.max_sequence_tokens
     _check_positions(config.model, max(max_model_len, longest_teacher + config.sampling.max_response_tokens))
-    if config.needs_teacher:
-        _check_pair(encoder, first[0])
+    for context in _contexts(config):
+        check_pair(encoder, first[0], context)
+    vocab_size = vocabulary_size(config.model) if config.needs_teacher else 0
     canaries = tuple(encoder.student_ids(prompt) for prompt in (heldout or first)[:_NUM_CANARIES])
-    return Ready(config, tokenizer, prompts, encoder, rule, max_model_len, canaries)
+    return Ready(config, tokenizer, prompts, encoder, rule, vocab_size, max_model_len, canaries)
+
+
+def _resolved_teacher(teacher: Teacher) -> Teacher:
+    """The teacher with the path of an external model resolved as that of the policy is."""
+    weights = teacher.weights
+    if not isinstance(weights, External):
+        return teacher
+    path = resolve_model(Model(path=weights.path), "teacher.weights.path").path
+    return teacher.model_copy(update={"weights": weights.model_copy(update={"path": path})})
+
+
+def _check_same_tokens(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse an external teacher that reads the policy's token ids as other tokens."""
+    weights = config.teacher.weights
+    is_used = config.needs_teacher or config.sampling.source == "teacher"
+    if not is_used or not isinstance(weights, External):
+        return
+    teacher = load_tokenizer(config.model.model_copy(update={"path": weights.path}), "teacher.weights.path")
+    own, other = tokenizer.get_vocab(), teacher.get_vocab()
+    different = sorted(token for token, token_id in own.items() if other.get(token) != token_id)
+    if different:
+        raise ModelError(
+            f"teacher.weights.path {weights.path!r} has another tokenizer than model.path: {len(different)} of "
+            f"{len(own)} tokens differ, for example {different[0]!r}; choose a teacher with the policy's tokenizer"
+        )
+
+
+def _check_solutions(prompts: Sequence[Prompt]) -> None:
+    """Refuse to train on solutions where a prompt has none."""
+    missing = [prompt.prompt_id for prompt in prompts if not prompt.solution]
+    if missing:
+        raise DataError(
+            f"sampling.source is solutions, but {len(missing)} of {len(prompts)} training prompts have none (first: "
+            f"{missing[0]}); add `solution` to the rows, or set sampling.source=policy"
+        )
 
 
 def _known_prompts(source: PromptSource) -> Sequence[Prompt]:
@@ -92,9 +142,16 @@ def _check_template(encoder: PromptEncoder, prompt: Prompt) -> None:
         ) from error
 
 
-def _check_prompts(config: RunConfig, encoder: PromptEncoder, rule: ErrorRule, prompts: Sequence[Prompt]) -> int:
-    """Refuse a student prompt beyond the budget; return the length of the longest teacher prompt."""
+def _contexts(config: RunConfig) -> list[Context]:
+    """What the teacher may know, for every route that reads it."""
+    routes = config.algorithm.routes.values()
+    return [route.teacher_context(config.teacher.context) for route in routes if route.reads]
+
+
+def _check_prompts(config: RunConfig, encoder: PromptEncoder, prompts: Sequence[Prompt]) -> int:
+    """Refuse a student prompt beyond the budget; return the longest teacher prompt, texts of rollouts included."""
     budget = config.sampling.max_prompt_tokens
+    contexts = _contexts(config)
     longest_teacher = 0
     for prompt in {id(prompt): prompt for prompt in prompts}.values():  # ids of held-out rows may repeat
         length = len(encoder.student_ids(prompt))
@@ -103,8 +160,9 @@ def _check_prompts(config: RunConfig, encoder: PromptEncoder, rule: ErrorRule, p
                 f"prompt {prompt.prompt_id} has {length} tokens with the chat template, but "
                 f"sampling.max_prompt_tokens is {budget}; raise the budget or drop the row"
             )
-        if config.needs_teacher:
-            longest_teacher = max(longest_teacher, len(encoder.teacher_ids(prompt, rule.types)))
+        for context in contexts:
+            from_rollouts = extra_response_pieces(context) * config.sampling.max_response_tokens
+            longest_teacher = max(longest_teacher, encoder.teacher_length(prompt, context) + from_rollouts)
     return longest_teacher
 
 
@@ -119,14 +177,4 @@ def _check_positions(model: Model, needed: int) -> None:
             f"the longest sequence (prompt with its privileged context, and response) may have {needed} tokens, but "
             f"{model.path} has max_position_embeddings = {limit}; lower sampling.max_prompt_tokens or "
             "sampling.max_response_tokens"
-        )
-
-
-def _check_pair(encoder: PromptEncoder, prompt: Prompt) -> None:
-    """Student and teacher prompts must differ in the user's text only: same template, same turn markers."""
-    student, teacher = encoder.student_ids(prompt), encoder.teacher_ids(prompt, ["a type"])
-    if student[0] != teacher[0] or student[-1] != teacher[-1]:
-        raise ModelError(
-            f"student and teacher prompts of {prompt.prompt_id} do not start and end with the same template tokens "
-            f"({student[0]}..{student[-1]} against {teacher[0]}..{teacher[-1]}); check the chat template"
         )

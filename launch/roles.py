@@ -1,7 +1,7 @@
 """Starts the actors of a run and wires them into the `Roles` that the loop talks to.
 
 Actors are created together and waited for afterwards, so their start-up overlaps. A method without routes starts
-neither annotator nor teacher.
+neither annotator nor teacher, and one on completions of a teacher an engine of its own for it.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from typing import Any
 import ray
 
 from trace_rl.absent import AbsentAnnotator, AbsentTeacher
-from trace_rl.config.roles import Resources
+from trace_rl.config.roles import Model, Resources
+from trace_rl.config.run import RunConfig
 from trace_rl.launch.journal import RunJournal
 from trace_rl.launch.preflight import Ready
 from trace_rl.launch.run_folder import RunCheckpoints, RunFolder
 from trace_rl.loop import Roles
-from trace_rl.protocols import Annotator, Teacher
+from trace_rl.off_policy import MixedGenerator, SolutionGenerator, TeacherGenerator
+from trace_rl.protocols import Annotator, Generator, Teacher
 from trace_rl.workers.annotator import OracleAnnotator, RayAnnotator, detokenizer_of
 from trace_rl.workers.generator import GeneratorEngine, VllmGenerator
 from trace_rl.workers.learner import DeepSpeedLearner
@@ -34,17 +36,27 @@ def start_roles(ready: Ready, folder: RunFolder, journal: RunJournal) -> tuple[R
         WorkerError: a role was not ready within placement.start_timeout_s; names it and the first cause.
     """
     config = ready.config
-    engines = [_start_engine(index, ready) for index in range(config.generator.num_engines)]
+    engines = [_start_engine(index, ready, config.model) for index in range(config.generator.num_engines)]
     rewarder = _actor(MathRewarder, config.placement.rewarder, max_concurrency=MAX_CONCURRENT_CALLS).remote(
         config.rewarder
     )
     started = {f"generator engine {index}": engine for index, engine in enumerate(engines)} | {"the rewarder": rewarder}
     if config.needs_teacher:
-        teacher_actor = _actor(TeacherModel, config.placement.teacher).remote(config.model, config.teacher)
+        teacher_actor = _actor(TeacherModel, config.placement.teacher).remote(
+            config.model, config.teacher, ready.vocab_size
+        )
+        started |= {"the teacher": teacher_actor}
+    if config.needs_annotator:
         annotator_actor = _actor(OracleAnnotator, config.placement.annotator).remote(
             detokenizer_of(ready.tokenizer), config.annotator, ready.rule
         )
-        started |= {"the teacher": teacher_actor, "the annotator": annotator_actor}
+        started |= {"the annotator": annotator_actor}
+    if config.sampling.source == "teacher":
+        path = config.teacher.weights.start_path(config.model.path)
+        model = config.model.model_copy(update={"path": path})
+        # never synced: its weights are what it has loaded
+        teacher_engine = _start_engine(config.generator.num_engines, ready, model, loaded_version=0)
+        started |= {"the engine of the teacher": teacher_engine}
     learner = DeepSpeedLearner(config, folder.path)
     for name, actor in started.items():
         wait_for(actor.ready.remote(), config.placement.start_timeout_s, name, "starting")
@@ -52,13 +64,23 @@ def start_roles(ready: Ready, folder: RunFolder, journal: RunJournal) -> tuple[R
     teacher: Teacher = AbsentTeacher()
     if config.needs_teacher:
         teacher = RayTeacher(teacher_actor, learner, config.teacher.weights, config.placement.step_timeout_s)
+    if config.needs_annotator:
         annotator = RayAnnotator(annotator_actor, config.annotator)
     canary = [*ready.canaries, *canary_sequences(len(ready.tokenizer))]
+    generator = _generator(engines, config)
+    sampler: Generator = generator
+    if config.sampling.source == "teacher":
+        sampler = TeacherGenerator(_generator([teacher_engine], config))
+    elif config.sampling.source == "solutions":
+        sampler = SolutionGenerator(ready.tokenizer, config.sampling.max_response_tokens)
+    if config.sampling.off_policy_frac < 1:
+        sampler = MixedGenerator(generator, sampler, config.sampling.off_policy_frac)
     checkpoints = RunCheckpoints(folder, learner, teacher, config.run.keep_checkpoints)
     roles = Roles(
         prompts=ready.prompts,
         encoder=ready.encoder,
-        generator=VllmGenerator(engines, config.sampling.max_response_tokens, config.placement.step_timeout_s),
+        generator=generator,
+        sampler=sampler,
         grader=RayGrader(rewarder, config.rewarder),
         annotator=annotator,
         teacher=teacher,
@@ -70,15 +92,20 @@ def start_roles(ready: Ready, folder: RunFolder, journal: RunJournal) -> tuple[R
     return roles, checkpoints
 
 
-def _start_engine(index: int, ready: Ready) -> Any:
+def _generator(engines: list[Any], config: RunConfig) -> VllmGenerator:
+    return VllmGenerator(engines, config.sampling.max_response_tokens, config.placement.step_timeout_s)
+
+
+def _start_engine(index: int, ready: Ready, model: Model, loaded_version: int | None = None) -> Any:
     config = ready.config
     return _actor(GeneratorEngine, config.placement.generator).remote(
         index=index,
-        model=config.model,
+        model=model,
         settings=config.generator,
         max_model_len=ready.max_model_len,
         backend=transfer_backend(config.sync, config.placement),
         seed=config.run.seed,
+        loaded_version=loaded_version,
     )
 
 

@@ -28,10 +28,18 @@ class Outcome:
     peak_memory_gib: float
 
 
+def describe_method(config: RunConfig) -> str:
+    """The method in one line: its name where the preset gives one, its policy gradient, and its routes."""
+    algorithm = config.algorithm
+    parts = [f"policy gradient {algorithm.policy_gradient.type}"] if algorithm.has_policy_gradient else []
+    parts += [f"{route.action.type} on {name}" for name, route in algorithm.routes.items()]
+    parts_text = " + ".join(parts)
+    return f"{config.method.name} ({parts_text})" if config.method.name else parts_text
+
+
 def summarise_run(config: RunConfig, folder: RunFolder, outcome: Outcome) -> str:
     """Markdown text of the summary; also what is printed."""
-    routes = ", ".join(f"{name} ({route.action})" for name, route in config.algorithm.routes.items())
-    lines = [f"# {config.run.name}: {config.run.steps} steps of {'TRACE on ' + routes if routes else 'GRPO'}", ""]
+    lines = [f"# {config.run.name}: {config.run.steps} steps of {describe_method(config)}", ""]
     if outcome.evaluations:
         first, last = outcome.evaluations[0], outcome.evaluations[-1]
         gain = 100 * (last.pass_at_1 - first.pass_at_1)

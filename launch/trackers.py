@@ -42,7 +42,7 @@ class WandbTracker:
             project=config.logging.wandb_project,
             name=config.run.name,
             dir=str(folder),
-            config=config.model_dump(mode="json"),
+            config=config.model_dump(serialize_as_any=True, mode="json"),
         )
 
     def log(self, step: int, metrics: Metrics) -> None:

@@ -19,7 +19,7 @@ from trace_rl.launch.journal import RunJournal
 from trace_rl.launch.memory import MemoryWatch
 from trace_rl.launch.roles import start_roles
 from trace_rl.launch.run_folder import RunFolder, open_run_folder, trim_metrics, write_config
-from trace_rl.launch.summary import Outcome, summarise_run
+from trace_rl.launch.summary import Outcome, describe_method, summarise_run
 from trace_rl.launch.trackers import open_trackers
 from trace_rl.loop import train
 
@@ -74,7 +74,7 @@ def _train(ready: preflight.Ready, folder: RunFolder, journal: RunJournal, displ
         display.resume(start_step)
         display.note(f"resumed after {start_step} steps from {folder.checkpoints}")
     trim_metrics(folder, start_step)
-    train(ready.config, roles, start_step)
+    train(ready.config, roles, start_step, journal.history)
 
 
 @contextmanager
@@ -97,11 +97,10 @@ def _logging_to(folder: RunFolder, console: Console) -> Iterator[None]:
 
 def _headline(config: RunConfig, folder: RunFolder) -> str:
     """What is about to happen, with the batch arithmetic."""
-    sampling, routes = config.sampling, config.algorithm.routes
-    method = "GRPO" + "".join(f" + {route.action} on {name}" for name, route in routes.items())
+    sampling = config.sampling
     rollouts = sampling.prompts_per_step * sampling.samples_per_prompt
     return (
-        f"{config.run.name}: {method}, {config.run.steps} steps\n"
+        f"{config.run.name}: {describe_method(config)}, {config.run.steps} steps\n"
         f"  model {config.model.path} ({config.model.dtype}), data {config.data.path}\n"
         f"  {sampling.prompts_per_step} prompts x {sampling.samples_per_prompt} samples = {rollouts} rollouts of at "
         f"most {sampling.max_response_tokens} tokens a step, "

@@ -13,10 +13,11 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from trace_rl.batch import Prompt
+from trace_rl.contexts import prompt_question
 from trace_rl.errors import ConfigError
 from trace_rl.launch.arithmetic_base import Recipe, build_tokenizer, draw_batch, draw_label, make_base
-from trace_rl.launch.arithmetic_measure import Meter
-from trace_rl.prompts import privileged_question, render, student_messages
+from trace_rl.launch.arithmetic_measure import CONTEXTS, Meter
+from trace_rl.prompts import render, student_messages
 from trace_rl.tasks.arithmetic import ERROR_TYPES, ArithmeticDifficulty, base_model_path, question_at
 
 PROMPT = question_at(ArithmeticDifficulty(), 0, "heldout", 0)
@@ -80,7 +81,7 @@ def test_digits_are_one_token_each_and_templates_are_short(tokenizer: PreTrained
     assert tokenizer.tokenize("2047") == ["2", "0", "4", "7"]
     assert len(tokenizer.tokenize("Step 3: 85 - 15 = 70\n")) == 12  # Step_ 3 :_ 8 5 _-_ 1 5 _=_ 7 0 newline
     assert len(tokenizer.tokenize("\\boxed{70}")) == 4
-    named = privileged_question(PROMPT, "type_label", ["copy", "arith"]).removeprefix(PROMPT.question)
+    named = prompt_question(CONTEXTS["type_label"], PROMPT, ["copy", "arith"]).removeprefix(PROMPT.question)
     assert len(tokenizer.tokenize(named)) == 9  # newline Take_ care_ with :_ copy ,_ arith .
 
 
@@ -95,7 +96,7 @@ def test_the_shipped_tokenizer_is_the_one_that_the_script_builds(tokenizer: PreT
     built = build_tokenizer(Recipe())
     assert built.get_vocab() == tokenizer.get_vocab()
     assert built.chat_template == tokenizer.chat_template
-    text = privileged_question(PROMPT, "reference", ())
+    text = prompt_question(CONTEXTS["reference"], PROMPT, ())
     assert built(text).input_ids == tokenizer(text).input_ids
 
 
@@ -164,7 +165,7 @@ def test_the_model_is_worth_teaching(
     prompts = [question_at(ArithmeticDifficulty(), 11, "heldout", index) for index in range(300)]
 
     def probabilities(context: str, types: tuple[str, ...] = ()) -> torch.Tensor:
-        turns = [privileged_question(prompt, context, types) for prompt in prompts]
+        turns = [prompt_question(CONTEXTS[context], prompt, types) for prompt in prompts]
         return solution_probabilities(model, tokenizer, turns, prompts)
 
     plain, reference = probabilities("none"), probabilities("reference")

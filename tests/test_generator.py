@@ -1,4 +1,4 @@
-"""The generator against a Hugging Face model (log-probs, seeds, stop tokens), and how engine failures are reported."""
+"""The generator against a Hugging Face model (log-probs, truncation, seeds, stop tokens); how failures are reported."""
 
 import os
 import time
@@ -13,9 +13,10 @@ import torch
 from trace_rl.batch import Prompt, Rollout, RolloutRequest
 from trace_rl.config.roles import GeneratorSettings, Model
 from trace_rl.errors import WeightSyncError, WorkerError
+from trace_rl.protocols import Decoding
 from trace_rl.workers.generator import GeneratorEngine, VllmGenerator, split_by_prompt
 
-TEMPERATURE = 0.7
+DECODING = Decoding(temperature=0.7)
 MAX_TOKENS = 24
 
 
@@ -32,12 +33,24 @@ def make_requests(num_prompts: int, samples: int, prompt_length: int = 20) -> li
     ]
 
 
-def hf_logprobs(model: Any, token_ids: Sequence[int], start: int, temperature: float) -> np.ndarray:
+def hf_logprobs(model: Any, token_ids: Sequence[int], start: int, decoding: Decoding) -> np.ndarray:
     """log p(token_ids[t] | token_ids[:t]) for t >= start, computed by transformers."""
     with torch.no_grad():
-        logits = model(torch.tensor([list(token_ids)])).logits[0].float() / temperature
-    logprobs = torch.log_softmax(logits, dim=-1)
+        logits = model(torch.tensor([list(token_ids)])).logits[0].float() / decoding.temperature
+    logprobs = torch.log_softmax(truncated(logits, decoding), dim=-1)
     return np.array([logprobs[t - 1, token_ids[t]].item() for t in range(start, len(token_ids))])
+
+
+def truncated(logits: torch.Tensor, decoding: Decoding) -> torch.Tensor:
+    """Logits of the top_k likeliest tokens, and of these the fewest that hold a mass of top_p; -inf elsewhere."""
+    ranked, order = logits.sort(dim=-1, descending=True)
+    if decoding.top_k:
+        ranked[:, decoding.top_k :] = -torch.inf
+    probs = ranked.softmax(dim=-1)
+    mass_before = probs.cumsum(dim=-1) - probs
+    if decoding.top_p < 1:
+        ranked[mass_before >= decoding.top_p] = -torch.inf
+    return torch.empty_like(logits).scatter_(-1, order, ranked)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +73,7 @@ def model_and_engine(
 @pytest.fixture(scope="module")
 def rollouts(model_and_engine: tuple[Any, Any]) -> list[Rollout]:
     generator = VllmGenerator([model_and_engine[1]], MAX_TOKENS, timeout_s=120)
-    return list(generator.generate(make_requests(8, 4), TEMPERATURE))
+    return list(generator.generate(make_requests(8, 4), DECODING))
 
 
 @pytest.mark.engine
@@ -70,10 +83,40 @@ def test_logprobs_are_those_of_the_sampling_distribution(
     model, _ = model_and_engine
     for rollout in rollouts:
         sequence = rollout.prompt_token_ids + rollout.token_ids
-        expected = hf_logprobs(model, sequence, len(rollout.prompt_token_ids), TEMPERATURE)
+        expected = hf_logprobs(model, sequence, len(rollout.prompt_token_ids), DECODING)
         assert np.abs(rollout.rollout_logprobs - expected).max() < 1e-4
-        untempered = hf_logprobs(model, sequence, len(rollout.prompt_token_ids), 1.0)
+        untempered = hf_logprobs(model, sequence, len(rollout.prompt_token_ids), Decoding(1.0))
         assert np.abs(rollout.rollout_logprobs - untempered).max() > 1e-2
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    "decoding", [Decoding(0.7, top_p=0.6), Decoding(0.7, top_k=3), Decoding(1.5, top_p=0.9, top_k=8)], ids=str
+)
+def test_truncated_sampling_gives_logprobs_of_the_tokens_that_are_left(
+    model_and_engine: tuple[Any, Any], decoding: Decoding
+) -> None:
+    model, engine = model_and_engine
+    rollouts = list(VllmGenerator([engine], MAX_TOKENS, 60).generate(make_requests(8, 4), decoding))
+    gaps = []
+    for rollout in rollouts:
+        sequence, start = rollout.prompt_token_ids + rollout.token_ids, len(rollout.prompt_token_ids)
+        assert np.abs(rollout.rollout_logprobs - hf_logprobs(model, sequence, start, decoding)).max() < 1e-4
+        gaps.append(rollout.rollout_logprobs - hf_logprobs(model, sequence, start, Decoding(decoding.temperature)))
+    assert np.concatenate(gaps).min() > -1e-4  # the mass of tokens that are left out goes to the others
+    assert np.concatenate(gaps).max() > 1e-2
+
+
+@pytest.mark.engine
+def test_one_token_left_is_greedy_and_certain(model_and_engine: tuple[Any, Any]) -> None:
+    model, engine = model_and_engine
+    rollouts = list(VllmGenerator([engine], MAX_TOKENS, 60).generate(make_requests(4, 2), Decoding(1.0, top_k=1)))
+    for rollout in rollouts:
+        sequence, start = list(rollout.prompt_token_ids + rollout.token_ids), len(rollout.prompt_token_ids)
+        with torch.no_grad():
+            likeliest = model(torch.tensor([sequence])).logits[0].argmax(dim=-1).tolist()
+        assert sequence[start:] == likeliest[start - 1 : -1]
+        assert np.abs(rollout.rollout_logprobs).max() < 1e-6  # log 1
 
 
 @pytest.mark.engine
@@ -104,7 +147,7 @@ def test_a_seed_gives_the_same_sample_whatever_else_is_in_the_batch(
 ) -> None:
     by_key = {rollout.key: rollout for rollout in rollouts}
     fewer = list(reversed(make_requests(8, 4)))[::5]
-    again = list(VllmGenerator([model_and_engine[1]], MAX_TOKENS, 120).generate(fewer, TEMPERATURE))
+    again = list(VllmGenerator([model_and_engine[1]], MAX_TOKENS, 120).generate(fewer, DECODING))
     assert len(again) == len(fewer)
     for rollout in again:
         assert rollout.token_ids == by_key[rollout.key].token_ids
@@ -117,9 +160,9 @@ def test_prompts_beyond_the_token_budget_of_one_engine_step(model_and_engine: tu
     # 24 prompts of 200 tokens: 4800 in all, while one step takes 4096, which is no multiple of 200.
     generator = VllmGenerator([model_and_engine[1]], MAX_TOKENS, timeout_s=60)
     requests = make_requests(24, 1, prompt_length=200)
-    together = {rollout.key: rollout.token_ids for rollout in generator.generate(requests, TEMPERATURE)}
+    together = {rollout.key: rollout.token_ids for rollout in generator.generate(requests, DECODING)}
     assert len(together) == 24
-    alone = [rollout for request in requests[-6:] for rollout in generator.generate([request], TEMPERATURE)]
+    alone = [rollout for request in requests[-6:] for rollout in generator.generate([request], DECODING)]
     assert [together[rollout.key] for rollout in alone] == [rollout.token_ids for rollout in alone]
 
 
@@ -129,15 +172,15 @@ def test_score_matches_transformers_at_temperature_one(model_and_engine: tuple[A
     sequences = [tuple(range(50, 90)), (3, 250, 7, 7)]
     for sequence, scored in zip(sequences, ray.get(engine.score.remote(sequences), timeout=60), strict=True):
         assert scored.shape == (len(sequence) - 1,)
-        assert np.abs(scored - hf_logprobs(model, sequence, 1, 1.0)).max() < 1e-4
+        assert np.abs(scored - hf_logprobs(model, sequence, 1, Decoding(1.0))).max() < 1e-4
 
 
 @pytest.mark.engine
 def test_a_prompt_that_cannot_fit_is_reported_and_the_engine_goes_on(model_and_engine: tuple[Any, Any]) -> None:
     generator = VllmGenerator([model_and_engine[1]], MAX_TOKENS, timeout_s=60)
     with pytest.raises(WorkerError, match="generator engine 0 failed while"):
-        list(generator.generate([*make_requests(1, 1), *make_requests(1, 1, prompt_length=300)], TEMPERATURE))
-    assert len(list(generator.generate(make_requests(1, 2), TEMPERATURE))) == 2
+        list(generator.generate([*make_requests(1, 1), *make_requests(1, 1, prompt_length=300)], DECODING))
+    assert len(list(generator.generate(make_requests(1, 2), DECODING))) == 2
 
 
 class FakeEngine:
@@ -148,7 +191,7 @@ class FakeEngine:
         self._behaviour = behaviour
 
     def generate(
-        self, requests: Sequence[RolloutRequest], temperature: float, max_tokens: int
+        self, requests: Sequence[RolloutRequest], decoding: Decoding, max_tokens: int
     ) -> Iterator[list[Rollout]]:
         if self._behaviour == "dies":
             os._exit(1)
@@ -166,7 +209,7 @@ class FakeEngine:
 def generate_with(*engines: tuple[int, str], timeout_s: float = 30.0) -> list[Rollout]:
     handles = [ray.remote(FakeEngine).options(num_cpus=0.1).remote(*engine) for engine in engines]
     try:
-        return list(VllmGenerator(handles, MAX_TOKENS, timeout_s).generate(make_requests(4, 2), TEMPERATURE))
+        return list(VllmGenerator(handles, MAX_TOKENS, timeout_s).generate(make_requests(4, 2), DECODING))
     finally:
         for handle in handles:
             ray.kill(handle)

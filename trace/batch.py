@@ -14,16 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 FinishReason = Literal["stop", "length"]
 GradeCause = Literal["graded", "truncated", "timeout", "error"]
 SpanClass = Literal["key", "error"]
 AnnotationCause = Literal["annotated", "not_requested", "failed", "timeout"]
+TeacherOutput = Literal["states", "logprobs", "entropy"]
+"""What a route reads of the teacher at its tokens: final hidden states, the log-prob of the sampled token, entropy."""
+NOT_THE_POLICY = -1
+"""Version of completions that were not sampled from the policy (demonstrations, a teacher's own)."""
 
 
 class RolloutKey(NamedTuple):
@@ -67,10 +70,11 @@ class Rollout:
     token_ids: tuple[int, ...]
     """[time] response ids, end-of-sequence included."""
     rollout_logprobs: Float[np.ndarray, " time"]
-    """Log-probs under the sampling distribution (after temperature), from the engine that sampled."""
+    """Log-probs under the sampling distribution (after temperature), from the engine that sampled; NaN where the
+    sampler was not the policy."""
     finish_reason: FinishReason
     policy_version: int
-    """Version of the weights that wrote every token."""
+    """Version of the weights that wrote every token, or NOT_THE_POLICY."""
     text: str
     """Decoded response without special tokens: what the grader reads."""
 
@@ -86,6 +90,8 @@ class GradedRollout:
     rollout: Rollout
     reward: float
     cause: GradeCause
+    feedback: str = ""
+    """What the environment says of the response, one sentence; empty when it has nothing to say."""
 
     @property
     def is_correct(self) -> bool:
@@ -112,32 +118,66 @@ class AnnotatedRollout:
     cause: AnnotationCause
     audit: Mapping[str, float] = field(default_factory=dict)
     """Counters of this annotation (dropped ids, unknown types, tokens before and after the cap)."""
+    reflection: str = ""
+    """The annotator's explanation of what went wrong, without span text or positions; empty when it gave none."""
 
 
-class Action(IntEnum):
-    """What a routed token is trained with; the values index per-row direction flags."""
+@dataclass(frozen=True)
+class GroupMember:
+    """An annotated rollout among all completions of its prompt."""
 
-    NONE = 0
-    FKL = 1
-    RKL = 2
+    annotated: AnnotatedRollout
+    group: tuple[AnnotatedRollout, ...]
+    """All completions of the prompt in the order of their samples, this one included."""
+
+    @property
+    def graded(self) -> GradedRollout:
+        return self.annotated.graded
+
+    @property
+    def rollout(self) -> Rollout:
+        return self.graded.rollout
+
+    @property
+    def length(self) -> int:
+        return len(self.rollout.token_ids)
+
+    @property
+    def correct_siblings(self) -> tuple[AnnotatedRollout, ...]:
+        """The other completions of the prompt that are correct, in the order of their samples."""
+        own = self.rollout.sample
+        return tuple(item for item in self.group if item.graded.is_correct and item.graded.rollout.sample != own)
+
+    @property
+    def pass_rate(self) -> float:
+        """Share of the group's completions that are correct."""
+        return sum(item.graded.is_correct for item in self.group) / len(self.group)
+
+
+@dataclass(frozen=True)
+class RoutedTokens:
+    """The tokens of one rollout that take one route."""
+
+    route: int
+    """Index into the run's routes."""
+    positions: Int[np.ndarray, " row"]
+    """Response positions, ascending."""
+    weight: float
+    """Schedule value times class multiplier, before token weights and aggregation."""
 
 
 @dataclass(frozen=True)
 class RoutedRollout:
-    """A rollout with its advantage and, for every token, the policy-gradient weight and the route."""
+    """A rollout with its advantage and the tokens that take routes."""
 
-    annotated: AnnotatedRollout
+    member: GroupMember
     advantage: float
-    pg_weight: Float[np.ndarray, " time"]
-    """Weight of the policy-gradient term before aggregation: 1, or the ramp g_k on routed tokens."""
-    route_index: Int[np.ndarray, " time"]
-    """Index into the run's routes; -1 where no route applies."""
-    kl_weight: Float[np.ndarray, " time"]
-    """Schedule value times class multiplier on routed tokens, 0 elsewhere; before aggregation."""
+    routed: tuple[RoutedTokens, ...]
+    """At most one entry a route, in the order of the routes."""
 
     @property
-    def is_routed(self) -> Bool[np.ndarray, " time"]:
-        return self.route_index >= 0
+    def key(self) -> RolloutKey:
+        return self.member.rollout.key
 
 
 @dataclass(frozen=True)
@@ -145,19 +185,69 @@ class TeacherRequest:
     """One teacher forward: the privileged prompt, the student's own ids, and the rows that are wanted."""
 
     key: RolloutKey
+    view: int
+    """Which of the run's teacher views (context and temperature) the prompt was made for."""
     teacher_prompt_token_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     """[time] response ids cut after the last wanted position."""
     positions: Int[np.ndarray, " row"]
     """Response positions t whose predicting state (of token t-1) is wanted, ascending."""
+    outputs: frozenset[TeacherOutput]
+    temperature: float = 1.0
+    """Divides the logits before log-probs and entropy; states are not touched by it."""
 
 
 @dataclass(frozen=True)
 class TeacherRows:
-    """Final hidden states (after the last norm) that predict the routed tokens of one rollout."""
+    """What the teacher says at the wanted positions of one rollout; arrays that were not asked for have no rows."""
 
     key: RolloutKey
+    view: int
+    positions: Int[np.ndarray, " row"]
     hidden: Float[np.ndarray, "row hidden"]
+    """Final hidden states (after the last norm) that predict the tokens."""
+    logprobs: Float[np.ndarray, " row"]
+    """log q(token_ids[t]) at the request's temperature."""
+    entropy: Float[np.ndarray, " row"]
+    """Entropy of q in nats at the request's temperature."""
+
+
+@dataclass(frozen=True)
+class ScoredTokens:
+    """One route's tokens of one rollout with all that token weights, token scores and advantages may depend on.
+
+    Arrays that no part of the route reads have no rows.
+    """
+
+    member: GroupMember
+    advantage: float
+    positions: Int[np.ndarray, " row"]
+    teacher_logprobs: Float[np.ndarray, " row"]
+    teacher_entropy: Float[np.ndarray, " row"]
+    policy_entropy: Float[np.ndarray, " row"]
+    divergence: Float[np.ndarray, " row"]
+    """The divergence that the route's token score ranks by, in nats, before any clip."""
+
+    @property
+    def rollout_logprobs(self) -> Float[np.ndarray, " row"]:
+        """log p of the sampled tokens under the policy that sampled them."""
+        return np.asarray(self.member.rollout.rollout_logprobs[self.positions])
+
+
+@dataclass(frozen=True)
+class TokenStatistics:
+    """What the learner's scoring pass finds for one rollout's tokens of one route, in the order of their positions."""
+
+    key: RolloutKey
+    route: int
+    policy_entropy: Float[np.ndarray, " row"]
+    """In nats, at the sampling temperature."""
+    divergence: Float[np.ndarray, " row"]
+    """What the route's token score ranks by, or else the route's own term, in nats before any clip."""
+    policy_logprobs: Float[np.ndarray, " row"]
+    """log p(token_ids[t]) at the route's temperature."""
+    teacher_logprobs: Float[np.ndarray, " row"]
+    """log q(token_ids[t]) at the route's temperature; no rows where the route reads no teacher."""
 
 
 @dataclass(frozen=True)
@@ -168,14 +258,17 @@ class TrainingSequence:
     prompt_token_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     rollout_logprobs: Float[np.ndarray, " time"]
-    advantage: float
+    advantages: Float[np.ndarray, " time"]
     pg_weight: Float[np.ndarray, " time"]
-    kl_positions: Int[np.ndarray, " row"]
-    """Response positions of the routed tokens, ascending."""
-    kl_route: Int[np.ndarray, " row"]
-    """Index into the run's routes, which gives each row its action and clip."""
-    kl_weight: Float[np.ndarray, " row"]
-    teacher_hidden: Float[np.ndarray, "row hidden"]
+    route_positions: Int[np.ndarray, " row"]
+    """Response positions of the rows whose routes add a term to the loss, by route and then ascending; a token that
+    takes several routes has a row for each."""
+    route_index: Int[np.ndarray, " row"]
+    """Index into the run's routes, which gives each row its action."""
+    route_weight: Float[np.ndarray, " row"]
+    teacher_row: Int[np.ndarray, " row"]
+    """Index into `teacher_hidden`; -1 where the action reads no states."""
+    teacher_hidden: Float[np.ndarray, "state hidden"]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Each line of `_step` turns one typed value into the next; the streaming stages are lazy iterators, so a rollout is
 graded and annotated while others are still being generated. The loop talks to the Protocols of `trace_rl.protocols`
-and knows no Ray, no engine and no clock.
+and knows no Ray, no engine, no clock and no method: what a step does follows from the configuration's routes.
 
 Invariants: rollouts of step k are written by weights of version k, which were proven to be the learner's before the
 first prompt of the step was sent; a checkpoint of step k is everything that step k depends on.
@@ -10,15 +10,20 @@ first prompt of the step was sent; a checkpoint of step k is everything that ste
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from trace_rl.batch import GradedRollout
+from trace_rl.batch import AnnotatedRollout, GradedRollout, RoutedRollout, TrainingBatch
+from trace_rl.collapse import CollapseDetector
 from trace_rl.config.run import RunConfig
+from trace_rl.diagnostics import Exposure, measured_step
+from trace_rl.errors import TrainingError
 from trace_rl.prompts import PromptEncoder
 from trace_rl.protocols import (
     Annotator,
     Checkpoints,
+    Decoding,
     Generator,
     Grader,
     Journal,
@@ -28,7 +33,12 @@ from trace_rl.protocols import (
     Teacher,
     WeightSync,
 )
-from trace_rl.routing import active_span_classes, route_rollouts, routing_metrics, training_batch
+from trace_rl.routing import active_span_classes, keep_top_tokens, route_rollouts, teacher_views
+from trace_rl.step_metrics import rollout_metrics, route_metrics
+from trace_rl.text_metrics import text_metrics
+from trace_rl.training_batch import Evidence, scored_tokens, training_batch
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,9 @@ class Roles:
     prompts: PromptSource
     encoder: PromptEncoder
     generator: Generator
+    """Samples from the policy."""
+    sampler: Generator
+    """Gives the completions that are trained on: the policy's, or those of sampling.source."""
     grader: Grader
     annotator: Annotator
     teacher: Teacher
@@ -47,43 +60,51 @@ class Roles:
     checkpoints: Checkpoints
 
 
-def train(config: RunConfig, roles: Roles, start_step: int = 0) -> None:
-    """Run steps `start_step` to `config.run.steps`, with evaluations and checkpoints on their way."""
+def train(config: RunConfig, roles: Roles, start_step: int = 0, history: Sequence[Mapping[str, float]] = ()) -> None:
+    """Run steps `start_step` to `config.run.steps`, with evaluations and checkpoints on their way.
+
+    Args:
+        history: recorded metrics of the steps before `start_step`.
+
+    Raises:
+        TrainingError: the run collapsed under its teacher and watch.action is stop; a checkpoint was written.
+    """
+    detector = CollapseDetector(config.watch)
+    detector.feed(history)
+    exposure = Exposure(config.logging.diagnostics_every, history)
     roles.weight_sync.sync(start_step)
     if start_step == 0:
-        _evaluate_if_due(config, roles, step=0)
+        _evaluate_if_due(config, roles, detector, step=0)
     for step in range(start_step, config.run.steps):
         metrics = _step(config, roles, step)
-        roles.journal.log_step(step, metrics)
+        detector.observe_step(step, metrics)
+        roles.journal.log_step(step, {**metrics, **exposure.add(metrics), **detector.metrics()})
         done = step + 1
-        _evaluate_if_due(config, roles, done)
-        if done == config.run.steps or (config.run.checkpoint_every and done % config.run.checkpoint_every == 0):
+        collapse = _evaluate_if_due(config, roles, detector, done)
+        is_last = done == config.run.steps or bool(collapse)
+        if is_last or (config.run.checkpoint_every and done % config.run.checkpoint_every == 0):
             roles.checkpoints.save(done, roles.prompts.position())
+        if collapse:
+            raise TrainingError(f"{collapse} The run was stopped (watch.action) with a checkpoint")
 
 
 def _step(config: RunConfig, roles: Roles, step: int) -> dict[str, float]:
     """One training step: from prompts to proven new weights."""
-    algorithm, sampling, journal = config.algorithm, config.sampling, roles.journal
-    prompts = roles.prompts.take(sampling.prompts_per_step)
-    requests = roles.encoder.requests(prompts, sampling.samples_per_prompt, config.run.seed, "train", step)
+    algorithm, journal = config.algorithm, roles.journal
     with journal.stage("rollout"):
-        rollouts = roles.generator.generate(requests, sampling.temperature)
-        graded = roles.grader.grade(rollouts)
-        annotated = roles.annotator.annotate(graded, active_span_classes(algorithm, step))
-        routed = route_rollouts(annotated, algorithm, step)
+        candidates = route_rollouts(_annotated(config, roles, step), config, step)
     with journal.stage("teacher"):
-        teacher_requests = roles.encoder.teacher_requests(routed)
-        if active_span_classes(algorithm, step):
-            roles.teacher.refresh(step)
-        rows = {item.key: item for item in roles.teacher.score(teacher_requests)}
+        evidence = _ask_teacher(config, roles, candidates, step)
     with journal.stage("learner"):
-        batch = training_batch(routed, rows, algorithm, step, policy_version=step)
-        learner_metrics = roles.learner.train_step(batch)
+        routed, batch = _rank_and_weigh(config, roles, candidates, evidence, step)
+        learner_metrics = _train_on(config, roles, batch)
     with journal.stage("sync"):
         sync_metrics = roles.weight_sync.sync(step + 1)
-    journal.log_rollouts(step, routed)
+    journal.log_rollouts(step, routed, batch)
     return {
-        **routing_metrics(routed, algorithm, step),
+        **rollout_metrics(routed),
+        **route_metrics(routed, algorithm, step),
+        **text_metrics([item.member.graded for item in routed], roles.encoder.types),
         **roles.grader.metrics(),
         **roles.annotator.metrics(),
         **learner_metrics,
@@ -91,12 +112,95 @@ def _step(config: RunConfig, roles: Roles, step: int) -> dict[str, float]:
     }
 
 
-def _evaluate_if_due(config: RunConfig, roles: Roles, step: int) -> None:
+def _annotated(config: RunConfig, roles: Roles, step: int) -> Iterator[AnnotatedRollout]:
+    """The step's rollouts as they are done, in as many rounds as algorithm.dynamic_sampling asks for."""
+    is_routed = any(route.is_active(step) for route in config.algorithm.routes.values())
+    rounds = 1 if is_routed else config.algorithm.dynamic_sampling.max_rounds
+    if rounds == 1:
+        graded: Iterator[GradedRollout] = _graded(config, roles, step, config.sampling.prompts_per_step)
+    else:
+        graded = iter(_with_mixed_rewards(config, roles, step, rounds))
+    return roles.annotator.annotate(graded, active_span_classes(config, step))
+
+
+def _graded(config: RunConfig, roles: Roles, step: int, num_prompts: int) -> Iterator[GradedRollout]:
+    sampling = config.sampling
+    prompts = roles.prompts.take(num_prompts)
+    requests = roles.encoder.requests(prompts, sampling.samples_per_prompt, config.run.seed, "train", step)
+    decoding = Decoding(sampling.temperature, sampling.top_p, sampling.top_k)
+    return roles.grader.grade(roles.sampler.generate(requests, decoding))
+
+
+def _with_mixed_rewards(config: RunConfig, roles: Roles, step: int, max_rounds: int) -> list[GradedRollout]:
+    """Rollouts of prompts whose completions earn different rewards, refilled from further prompts.
+
+    Those of the last round are kept whatever they earn where no prompt at all was found, so that a step is never empty.
+    """
+    wanted = config.sampling.prompts_per_step
+    kept: dict[str, list[GradedRollout]] = {}
+    for _ in range(max_rounds):
+        groups: dict[str, list[GradedRollout]] = {}
+        for item in _graded(config, roles, step, wanted):
+            groups.setdefault(item.rollout.prompt.prompt_id, []).append(item)
+        kept |= {key: group for key, group in groups.items() if len({item.reward for item in group}) > 1}
+        if len(kept) >= wanted:
+            break
+    # the arrival order is that of the engine; the choice must not depend on it
+    chosen = sorted(kept)[:wanted] or sorted(groups)
+    return [item for key in chosen for item in (kept or groups)[key]]
+
+
+def _ask_teacher(config: RunConfig, roles: Roles, routed: Sequence[RoutedRollout], step: int) -> Evidence:
+    views = teacher_views(config, step)
+    if views:
+        roles.teacher.refresh(step)
+    rows = roles.teacher.score(roles.encoder.teacher_requests(routed, views))
+    return Evidence(views, {(item.key, item.view): item for item in rows})
+
+
+def _rank_and_weigh(
+    config: RunConfig, roles: Roles, routed: Sequence[RoutedRollout], evidence: Evidence, step: int
+) -> tuple[Sequence[RoutedRollout], TrainingBatch]:
+    """The batch, after routes with a token score were thinned out to their highest-scoring tokens."""
+    routes = list(config.algorithm.routes.values())
+    scored = scored_tokens(routed, evidence, config)
+    if any(routes[index].score for index in scored):
+        candidates = training_batch(routed, scored, evidence, config, step)
+        found = {(item.key, item.route): item for item in roles.learner.score(candidates)}
+        evidence = Evidence(evidence.views, evidence.teacher_rows, found)
+        scored = scored_tokens(routed, evidence, config)
+        routed = keep_top_tokens(routed, {i: items for i, items in scored.items() if routes[i].score}, config)
+        # what was measured of the candidates belongs to other positions now
+        evidence = Evidence(evidence.views, evidence.teacher_rows)
+        scored = scored_tokens(routed, evidence, config)
+    return routed, training_batch(routed, scored, evidence, config, step)
+
+
+def _train_on(config: RunConfig, roles: Roles, batch: TrainingBatch) -> Metrics:
+    """One learner step; none where every completion was masked."""
+    every = config.logging.diagnostics_every
+    if not batch.sequences:
+        logger.warning("Step %d trains on nothing: every completion was empty or masked as overlong", batch.step)
+        return {"learner/skipped_steps": 1.0}
+    has_rows = any(len(sequence.route_positions) for sequence in batch.sequences)
+    if every and batch.step % every == 0 and has_rows:
+        return measured_step(roles.learner, batch)
+    return roles.learner.train_step(batch)
+
+
+def _evaluate_if_due(config: RunConfig, roles: Roles, detector: CollapseDetector, step: int) -> str:
+    """Evaluate where it is due; returns the sentence on a collapse that has to end the run, else an empty one."""
     every = config.evaluation.every
-    if every and (step % every == 0 or step == config.run.steps):
-        with roles.journal.stage("evaluation"):
-            metrics = evaluate(config, roles)
-        roles.journal.log_evaluation(step, metrics)
+    if not every or (step % every and step != config.run.steps):
+        return ""
+    with roles.journal.stage("evaluation"):
+        metrics = evaluate(config, roles)
+    verdict = detector.observe_evaluation(step, metrics)
+    roles.journal.log_evaluation(step, metrics)
+    if not verdict.is_collapse or config.watch.action == "off":
+        return ""
+    logger.warning("%s", verdict.sentence)
+    return verdict.sentence if config.watch.action == "stop" else ""
 
 
 def evaluate(config: RunConfig, roles: Roles) -> Metrics:
@@ -104,7 +208,7 @@ def evaluate(config: RunConfig, roles: Roles) -> Metrics:
     settings = config.evaluation
     prompts = roles.prompts.heldout(settings.num_prompts)
     requests = roles.encoder.requests(prompts, settings.samples_per_prompt, config.run.seed, "heldout")
-    graded = list(roles.grader.grade(roles.generator.generate(requests, settings.temperature)))
+    graded = list(roles.grader.grade(roles.generator.generate(requests, Decoding(settings.temperature))))
     roles.grader.metrics()  # the counters of the next step are its own
     return evaluation_metrics(graded)
 

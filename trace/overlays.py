@@ -9,6 +9,7 @@ Duplicate keys are errors with a line number, as is every key and type that RunC
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from trace_rl.config.base import Kind
 from trace_rl.config.run import RunConfig
 from trace_rl.errors import ConfigError
 
@@ -91,6 +93,7 @@ def load_config(files: Sequence[Path], overrides: Iterable[str] = ()) -> RunConf
         _add_file(layers, file, ())
     for override in overrides:
         _add_override(layers, override)
+    _import_plugins(layers)
     try:
         return RunConfig.model_validate(layers.tree)
     except ValidationError as error:
@@ -99,7 +102,20 @@ def load_config(files: Sequence[Path], overrides: Iterable[str] = ()) -> RunConf
 
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML that `load_config` reads back to an equal RunConfig."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(config.model_dump(mode="json", serialize_as_any=True), sort_keys=False, allow_unicode=True)
+
+
+def _import_plugins(layers: Layers) -> None:
+    """Import the modules under `plugins`, so that the kinds they define are known when the rest is read."""
+    names = layers.tree.get("plugins", ())
+    for name in [names] if isinstance(names, str) else names:
+        try:
+            importlib.import_module(str(name))
+        except ImportError as error:
+            raise ConfigError(
+                f"{layers.places['plugins',]}: plugins names {name!r}, which cannot be imported ({error}); give a "
+                "module that is installed, or start in the folder that holds it"
+            ) from error
 
 
 def _add_file(layers: Layers, file: Path, chain: tuple[Path, ...]) -> None:
@@ -175,8 +191,7 @@ def _merge(layers: Layers, into: dict[str, Any], tree: Mapping[str, Any], path: 
 
 def _explain(problem: Any, layers: Layers) -> str:
     """One sentence for one pydantic problem."""
-    location = tuple(str(part) for part in problem["loc"])
-    keys = _without_union_tags(location)
+    keys = tuple(str(part) for part in problem["loc"])
     dotted = ".".join(keys) or "the configuration"
     place = next((layers.places[keys[:end]] for end in range(len(keys), 0, -1) if keys[:end] in layers.places), "")
     prefix = f"{place}: " if place else ""
@@ -189,17 +204,11 @@ def _explain(problem: Any, layers: Layers) -> str:
         return "\n".join(
             f"{name} is not set; give it in a YAML file or as an override {name}=VALUE" for name in _required(keys)
         )
+    if problem["type"] == "unknown_kind":
+        return f"{prefix}{dotted} has the {problem['msg']}"
     if problem["type"] == "value_error":
         return f"{prefix}{problem['ctx']['error']}"
     return f"{prefix}{dotted} is {problem['input']!r}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
-
-
-def _without_union_tags(location: Path_) -> Path_:
-    """Drop the tags that pydantic inserts for discriminated unions: they are no keys of the file."""
-    tags = {"hold_then_linear", "constant"}
-    return tuple(
-        part for index, part in enumerate(location) if not (part in tags and location[index - 1] == "schedule")
-    )
 
 
 def _known_keys(keys: Path_) -> list[str]:
@@ -227,6 +236,8 @@ def _models_below(models: Iterable[type[BaseModel]], key: str) -> list[type[Base
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, Kind) and annotation.is_open():
+        return [kind for kind in annotation.kinds.values() if issubclass(kind, annotation)]
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if get_origin(annotation) is None:

@@ -13,7 +13,8 @@ touched, so the sum of the losses does not depend on the plan.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,13 +39,14 @@ class MicroBatch:
     row_index: Int[Tensor, " row"]
     """Index into the flattened (batch, time) of the state that predicts each response token."""
     rows: LossRows
-    teacher_hidden: Float[Tensor, "routed hidden"]
+    teacher_hidden: Float[Tensor, "state hidden"]
 
     def to(self, device: torch.device) -> MicroBatch:
         """Copy to a device."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        rows = LossRows(**{f.name: getattr(self.rows, f.name).to(device) for f in fields(LossRows)})
-        return MicroBatch(rows=rows, **moved)
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, rows=self.rows.to(device), **moved)
 
 
 def num_tokens(sequence: TrainingSequence) -> int:
@@ -123,29 +125,33 @@ def pack(sequences: Sequence[TrainingSequence]) -> MicroBatch:
     if not sequences:
         return _empty()
     input_ids, attention_mask, position_ids = right_pad([s.prompt_token_ids + s.token_ids for s in sequences])
-    row_index, kl_row, num_rows = [], [], 0
+    row_index, route_row, teacher_row, num_rows, num_states = [], [], [], 0, 0
     for number, sequence in enumerate(sequences):
         predicting = predicting_positions(len(sequence.prompt_token_ids), np.arange(len(sequence.token_ids)))
         row_index.append(number * input_ids.shape[1] + predicting)
-        kl_row.append(np.asarray(sequence.kl_positions) + num_rows)
+        route_row.append(np.asarray(sequence.route_positions) + num_rows)
+        teacher_row.append(np.where(sequence.teacher_row < 0, -1, sequence.teacher_row + num_states))
         num_rows += len(sequence.token_ids)
-    rows = LossRows(
-        targets=_long([np.asarray(s.token_ids) for s in sequences]),
-        advantages=_float([np.full(len(s.token_ids), s.advantage) for s in sequences]),
-        rollout_logprobs=_float([s.rollout_logprobs for s in sequences]),
-        pg_weight=_float([s.pg_weight for s in sequences]),
-        kl_row=_long(kl_row),
-        kl_route=_long([s.kl_route for s in sequences]),
-        kl_weight=_float([s.kl_weight for s in sequences]),
-    )
-    routed = [s.teacher_hidden for s in sequences if len(s.kl_positions)]
+        num_states += len(sequence.teacher_hidden)
+    states = [s.teacher_hidden for s in sequences if len(s.teacher_hidden)]
     return MicroBatch(
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=position_ids,
         row_index=_long(row_index),
-        rows=rows,
-        teacher_hidden=_float(routed) if routed else torch.zeros(0, 0),
+        rows=LossRows(
+            targets=_long([np.asarray(s.token_ids) for s in sequences]),
+            sequence=_long([np.full(len(s.token_ids), number) for number, s in enumerate(sequences)]),
+            num_sequences=len(sequences),
+            advantages=_float([s.advantages for s in sequences]),
+            rollout_logprobs=_float([s.rollout_logprobs for s in sequences]),
+            pg_weight=_float([s.pg_weight for s in sequences]),
+            route_row=_long(route_row),
+            route_index=_long([s.route_index for s in sequences]),
+            route_weight=_float([s.route_weight for s in sequences]),
+            teacher_row=_long(teacher_row),
+        ),
+        teacher_hidden=_float(states) if states else torch.zeros(0, 0),
     )
 
 
@@ -162,8 +168,19 @@ def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 def _empty() -> MicroBatch:
     ids, none, nothing = torch.zeros(1, 1, dtype=torch.long), torch.zeros(0, dtype=torch.long), torch.zeros(0)
-    rows = LossRows(none, nothing, nothing, nothing, none, none, nothing)
-    return MicroBatch(ids, torch.ones_like(ids), ids, none, rows, torch.zeros(0, 0))
+    rows = LossRows(
+        targets=none,
+        sequence=none,
+        num_sequences=0,
+        advantages=nothing,
+        rollout_logprobs=nothing,
+        pg_weight=nothing,
+        route_row=none,
+        route_index=none,
+        route_weight=nothing,
+        teacher_row=none,
+    )
+    return MicroBatch(ids, torch.ones_like(ids), torch.zeros_like(ids), none, rows, torch.zeros(0, 0))
 
 
 def _long(parts: Sequence[np.ndarray]) -> Tensor:

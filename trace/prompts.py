@@ -1,32 +1,31 @@
 """Student and teacher prompts: the same question, the teacher's with privileged context.
 
-Both sides are rendered by the same chat template with the same arguments, so that the only difference between
-them is the privileged text inside the user turn (method: arXiv:2605.10194; the wording of the context is ours).
-The teacher never sees span positions, span text, or (under `type_label`) anything of the reference solution.
+Both sides are rendered by the same chat template with the same arguments, so that the only difference between them is
+the privileged text inside the user turn, and whatever `teacher_template_kwargs` asks for on the teacher's side alone.
+`check_pair` proves that of a chat template before the run.
 
-This module must not know how the spans were found or how the prompts are scored.
+This module must not know what the privileged text says, how spans were found or how prompts are scored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
+from jaxtyping import Int
 
-from trace_rl.batch import Prompt, RolloutRequest, RoutedRollout, TeacherRequest
-from trace_rl.config.roles import Teacher
+from trace_rl.batch import GroupMember, Prompt, RolloutRequest, RoutedRollout, TeacherOutput, TeacherRequest
+from trace_rl.contexts import Context, outline, privileged_question
+from trace_rl.errors import ModelError
 
-ContextKind = Literal["none", "type_label", "reference"]
 Message = dict[str, str]
+TokenIds = tuple[int, ...]
 
-TemplatedContext = Literal["type_label", "reference"]
-DEFAULT_TEMPLATES: Mapping[TemplatedContext, str] = {
-    "type_label": "{question}\nTake care with: {types}.",
-    "reference": "{question}\nReference solution:\n{reference}\nNow solve it yourself.",
-}
+_PROBES = ("0", "a", ".\n", "\n?")
+"""Texts that begin and end differently, by kind of character too: tokenizers merge across the end of a turn's text."""
 
 
 class ChatTokenizer(Protocol):
@@ -41,30 +40,7 @@ def student_messages(question: str, system: str = "") -> list[Message]:
     return [*head, {"role": "user", "content": question}]
 
 
-def privileged_question(
-    prompt: Prompt,
-    context: ContextKind,
-    types: Iterable[str],
-    templates: Mapping[TemplatedContext, str] = DEFAULT_TEMPLATES,
-) -> str:
-    """The user turn that the teacher sees; equals the question where there is nothing to add.
-
-    Args:
-        types: diagnostic types in canonical order, each once; underscores are read as spaces.
-        templates: text per context; fields: {question} in both, {types} in type_label, {reference} in reference.
-    """
-    if context == "type_label":
-        names = ", ".join(name.replace("_", " ") for name in types)
-        return templates["type_label"].format(question=prompt.question, types=names) if names else prompt.question
-    if context == "reference":
-        reference = prompt.solution or prompt.answer
-        return templates["reference"].format(question=prompt.question, reference=reference)
-    return prompt.question
-
-
-def render(
-    tokenizer: ChatTokenizer, messages: Sequence[Message], template_kwargs: Mapping[str, Any]
-) -> tuple[int, ...]:
+def render(tokenizer: ChatTokenizer, messages: Sequence[Message], template_kwargs: Mapping[str, Any]) -> TokenIds:
     """Token ids of a chat that is ready for the assistant's turn."""
     ids = tokenizer.apply_chat_template(
         list(messages), add_generation_prompt=True, tokenize=True, return_dict=False, **template_kwargs
@@ -79,22 +55,43 @@ def derive_seed(*parts: int | str) -> int:
 
 
 @dataclass(frozen=True)
+class TeacherView:
+    """One way in which the teacher looks at rollouts, for all routes that look alike."""
+
+    context: Context
+    temperature: float
+    """Divides the teacher's logits before log-probs and entropy."""
+    routes: frozenset[int]
+    """Indices of the routes that use it."""
+    outputs: frozenset[TeacherOutput]
+    """What these routes read, together."""
+
+
+@dataclass(frozen=True)
 class PromptEncoder:
     """Renders prompts of both sides with one tokenizer and one set of template arguments."""
 
     tokenizer: ChatTokenizer
     system_prompt: str
     chat_template_kwargs: Mapping[str, Any]
-    teacher: Teacher
+    teacher_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """On top of `chat_template_kwargs` for the teacher's prompt only."""
     types: tuple[str, ...] = ()
     """Diagnostic types in the canonical order in which a label names them; others follow by name."""
 
-    def student_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        return self._render(prompt.question)
+    def student_ids(self, prompt: Prompt) -> TokenIds:
+        return self.render_turn(prompt.question, self.chat_template_kwargs)
 
-    def teacher_ids(self, prompt: Prompt, types: Iterable[str]) -> tuple[int, ...]:
-        templates = {**DEFAULT_TEMPLATES, **self.teacher.templates}
-        return self._render(privileged_question(prompt, self.teacher.context, types, templates))
+    def teacher_ids(self, member: GroupMember, context: Context) -> TokenIds:
+        return self.render_turn(privileged_question(context, member, self.types), self.all_teacher_kwargs)
+
+    def teacher_length(self, prompt: Prompt, context: Context) -> int:
+        """Length in tokens of the prompt's longest teacher prompt, as far as it is known before there are rollouts.
+
+        Every piece and every type is counted. Texts of rollouts are not: they add up to max_response_tokens for each
+        of the context's `extra_response_pieces`.
+        """
+        return len(self.render_turn(outline(context, prompt, self.types), self.all_teacher_kwargs))
 
     def requests(self, prompts: Sequence[Prompt], num_samples: int, *seed_parts: int | str) -> list[RolloutRequest]:
         """`num_samples` requests a prompt; seeds come from `seed_parts`, the prompt's id and the sample's number."""
@@ -105,18 +102,99 @@ class PromptEncoder:
             for sample in range(num_samples)
         ]
 
-    def teacher_requests(self, routed: Iterable[RoutedRollout]) -> list[TeacherRequest]:
-        """One request for each rollout with routed tokens, cut behind the last of them."""
-        return [self._teacher_request(item) for item in routed if item.is_routed.any()]
+    def teacher_requests(self, routed: Sequence[RoutedRollout], views: Sequence[TeacherView]) -> list[TeacherRequest]:
+        """By view and rollout: one request where the rollout has tokens in a route of the view, for those tokens."""
+        return [
+            self._teacher_request(item, index, view, positions)
+            for index, view in enumerate(views)
+            for item in routed
+            if len(positions := _positions(item, view.routes))
+        ]
 
-    def _teacher_request(self, routed: RoutedRollout) -> TeacherRequest:
-        rollout = routed.annotated.graded.rollout
-        positions = np.flatnonzero(routed.is_routed)
-        found = {span.type for span in routed.annotated.spans}
-        types = [name for name in self.types if name in found] + sorted(found.difference(self.types))
-        token_ids = rollout.token_ids[: int(positions[-1]) + 1]
-        return TeacherRequest(rollout.key, self.teacher_ids(rollout.prompt, types), token_ids, positions)
+    def _teacher_request(
+        self, routed: RoutedRollout, index: int, view: TeacherView, positions: Int[np.ndarray, " row"]
+    ) -> TeacherRequest:
+        return TeacherRequest(
+            key=routed.key,
+            view=index,
+            teacher_prompt_token_ids=self.teacher_ids(routed.member, view.context),
+            token_ids=routed.member.rollout.token_ids[: int(positions[-1]) + 1],
+            positions=positions,
+            outputs=view.outputs,
+            temperature=view.temperature,
+        )
 
-    def _render(self, user_text: str) -> tuple[int, ...]:
-        messages = student_messages(user_text, self.system_prompt)
-        return render(self.tokenizer, messages, self.chat_template_kwargs)
+    @property
+    def all_teacher_kwargs(self) -> dict[str, Any]:
+        """Arguments of the chat template on the teacher's side."""
+        return {**self.chat_template_kwargs, **self.teacher_template_kwargs}
+
+    def render_turn(self, user_text: str, template_kwargs: Mapping[str, Any]) -> TokenIds:
+        """Token ids of the chat in which the user says this text."""
+        return render(self.tokenizer, student_messages(user_text, self.system_prompt), template_kwargs)
+
+
+def _positions(routed: RoutedRollout, routes: frozenset[int]) -> Int[np.ndarray, " row"]:
+    """Response positions that are in any of the routes, ascending, each once."""
+    parts = [tokens.positions for tokens in routed.routed if tokens.route in routes]
+    return np.unique(np.concatenate(parts)) if parts else np.zeros(0, dtype=np.int64)
+
+
+def check_pair(encoder: PromptEncoder, prompt: Prompt, context: Context) -> None:
+    """Prove that student and teacher prompts of a context differ in the user's turn only, token for token.
+
+    The tokens that stay the same whatever follows the question are the frame of a side: all up to the question and
+    with it, and all behind the user's turn (the generation prompt, with its thinking flag). Each side's prompt must
+    stand in its frame. Both frames come from the same template and, without `teacher_template_kwargs`, from the same
+    arguments, and are equal then.
+
+    Raises:
+        ModelError: the template drops text of the user's turn or the system prompt, or puts other tokens around the
+            user's turn on one side than on the other.
+    """
+    turn = outline(context, prompt, encoder.types)
+    sides = {
+        "student": (prompt.question, encoder.chat_template_kwargs),
+        "teacher": (turn, encoder.all_teacher_kwargs),
+    }
+    for side, (text, kwargs) in sides.items():
+        _check_nothing_is_dropped(encoder, side, prompt, text, kwargs)
+        head, tail = _frame(encoder, prompt.question, kwargs)
+        ids = encoder.render_turn(text, kwargs)
+        if ids[: len(head)] != head or ids[len(ids) - len(tail) :] != tail or len(ids) < len(head) + len(tail):
+            raise ModelError(
+                f"student and teacher prompts of {prompt.prompt_id} do not start and end with the same template "
+                f"tokens: the {side}'s has others around its user turn than the question alone; choose a chat template "
+                "that does not depend on what the user says"
+            )
+
+
+def _check_nothing_is_dropped(
+    encoder: PromptEncoder, side: str, prompt: Prompt, text: str, kwargs: Mapping[str, Any]
+) -> None:
+    rendered = [encoder.render_turn(text + probe, kwargs) for probe in _PROBES]
+    bare = [encoder.render_turn(probe, kwargs) for probe in _PROBES]
+    if len(set(rendered)) < len(_PROBES) or (text and set(rendered) & set(bare)):
+        raise ModelError(
+            f"the chat template drops a part of the user's text in the {side}'s prompt of {prompt.prompt_id}; choose "
+            "one that renders all of it"
+        )
+    if encoder.system_prompt:
+        chats = [student_messages(text, encoder.system_prompt + probe) for probe in _PROBES]
+        if len({render(encoder.tokenizer, chat, kwargs) for chat in chats}) < len(_PROBES):
+            raise ModelError(
+                f"the chat template drops data.system_prompt in the {side}'s prompt of {prompt.prompt_id}; choose one "
+                "with a system turn, or put the text into data.question_suffix"
+            )
+
+
+def _frame(encoder: PromptEncoder, question: str, kwargs: Mapping[str, Any]) -> tuple[TokenIds, TokenIds]:
+    """What stands before and behind any text that follows the question in the user's turn."""
+    rendered = [encoder.render_turn(question + probe, kwargs) for probe in _PROBES]
+    return _common_prefix(rendered), _common_prefix([ids[::-1] for ids in rendered])[::-1]
+
+
+def _common_prefix(sequences: Sequence[TokenIds]) -> TokenIds:
+    first, last = min(sequences), max(sequences)  # in the order of tuples all others lie between these two
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return first[:length]

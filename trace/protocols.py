@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +23,7 @@ from trace_rl.batch import (
     SpanClass,
     TeacherRequest,
     TeacherRows,
+    TokenStatistics,
     TrainingBatch,
 )
 
@@ -40,8 +42,18 @@ class PromptSource(Protocol):
     def seek(self, position: Mapping[str, int]) -> None: ...
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How completions are sampled; log-probs are those of the distribution that results."""
+
+    temperature: float
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: all tokens."""
+
+
 class Generator(Protocol):
-    def generate(self, requests: Sequence[RolloutRequest], temperature: float) -> Iterator[Rollout]: ...
+    def generate(self, requests: Sequence[RolloutRequest], decoding: Decoding) -> Iterator[Rollout]: ...
 
 
 class Grader(Protocol):
@@ -98,6 +110,14 @@ class Teacher(Protocol):
 class Learner(Protocol):
     def train_step(self, batch: TrainingBatch) -> Metrics: ...
 
+    def score(self, batch: TrainingBatch) -> Sequence[TokenStatistics]:
+        """What the policy says of the rows of routes under its present weights; takes no step."""
+        ...
+
+    def gradient_parts(self, batch: TrainingBatch) -> Metrics:
+        """Norms of the two parts of the gradient and their cosine; empty where they cannot be had. Takes no step."""
+        ...
+
     def save(self, path: Path) -> None: ...
 
     def load(self, path: Path) -> None: ...
@@ -120,7 +140,9 @@ class Journal(Protocol):
 
     def log_evaluation(self, step: int, metrics: Metrics) -> None: ...
 
-    def log_rollouts(self, step: int, routed: Sequence[RoutedRollout]) -> None: ...
+    def log_rollouts(self, step: int, routed: Sequence[RoutedRollout], batch: TrainingBatch) -> None:
+        """Keep a sample of the rollouts; `batch` holds what was trained on, in the same order."""
+        ...
 
 
 class Checkpoints(Protocol):

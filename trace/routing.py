@@ -1,164 +1,145 @@
-"""From annotated rollouts to token weights: advantages, routes, and the global denominators.
+"""Which tokens take which route, and the advantage of every rollout.
 
-Decides for every response token whether it is trained with the policy gradient, a divergence, or both, and with which
-weight. Everything here is a constant of the loss; no tensor of a model is touched.
+Decides for every response token whether it is trained with the policy gradient, the action of a route, or both. Must
+not know how actions work, token weights or denominators (`trace_rl.training_batch`); no tensor of a model is touched.
 
-Invariants: with no active route the weights are those of the plain policy gradient, bit for bit; key spans exist on
-correct rollouts only, error spans on wrong ones; weights sum over the *global* batch, so any later split is exact.
+Invariants: with no active route the result is that of the plain policy gradient, bit for bit; a token belongs to at
+most one exclusive route; nothing depends on the order in which rollouts arrive.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 
 import numpy as np
 from jaxtyping import Float
 
-from trace_rl.advantages import group_advantages
+from trace_rl.actions import AdvantageAction
 from trace_rl.batch import (
     AnnotatedRollout,
+    GroupMember,
     RolloutKey,
     RoutedRollout,
+    RoutedTokens,
+    ScoredTokens,
     SpanClass,
-    TeacherRows,
-    TrainingBatch,
-    TrainingSequence,
+    TeacherOutput,
 )
-from trace_rl.config.algorithm import Algorithm, Route
-from trace_rl.errors import WeightSyncError
-from trace_rl.schedules import is_active, routed_policy_weight, schedule_value
+from trace_rl.config.algorithm import Algorithm
+from trace_rl.config.run import RunConfig
+from trace_rl.prompts import TeacherView, derive_seed
+from trace_rl.selectors import Top
+from trace_rl.token_scores import keep_top
 
-_SPAN_CLASS: Mapping[str, SpanClass] = {"key_spans": "key", "error_spans": "error"}
 
-
-def active_span_classes(algorithm: Algorithm, step: int) -> frozenset[SpanClass]:
+def active_span_classes(config: RunConfig, step: int) -> frozenset[SpanClass]:
     """Classes of spans that any route asks for at this step; empty means that nobody needs to annotate."""
-    routes = algorithm.routes.values()
-    return frozenset(_SPAN_CLASS[route.selector.tokens] for route in routes if is_active(route, step))
+    routes = config.algorithm.routes.values()
+    return frozenset().union(*(r.span_classes(config.teacher.context) for r in routes if r.is_active(step)))
 
 
-def route_rollouts(annotated: Iterable[AnnotatedRollout], algorithm: Algorithm, step: int) -> list[RoutedRollout]:
-    """Give every rollout its advantage and every token its weights and route, ordered by rollout key.
+def teacher_views(config: RunConfig, step: int) -> list[TeacherView]:
+    """The ways in which active routes look at the teacher; routes that look alike share one."""
+    found: dict[tuple[str, float], list[int]] = {}
+    routes = list(config.algorithm.routes.values())
+    for index, route in enumerate(routes):
+        if route.is_active(step) and route.reads:
+            context = route.teacher_context(config.teacher.context)
+            found.setdefault((context.model_dump_json(), route.temperature), []).append(index)
+    return [
+        TeacherView(
+            context=routes[indices[0]].teacher_context(config.teacher.context),
+            temperature=temperature,
+            routes=frozenset(indices),
+            outputs=_union(routes[index].reads for index in indices),
+        )
+        for (_, temperature), indices in found.items()
+    ]
 
-    Rollouts without a single token take part in the group's statistics and are then left out.
+
+def route_rollouts(annotated: Iterable[AnnotatedRollout], config: RunConfig, step: int) -> list[RoutedRollout]:
+    """Give every rollout its advantage and every token its routes, ordered by rollout key.
+
+    Rollouts without a single token, and truncated ones under algorithm.overlong.mask, take part in the statistics of
+    their group and are then left out.
     """
     ordered = sorted(annotated, key=lambda item: item.graded.rollout.key)
+    groups = [tuple(group) for _, group in groupby(ordered, key=lambda item: item.graded.rollout.prompt.prompt_id)]
+    rewards = [np.array([_shaped_reward(item, config) for item in group]) for group in groups]
     routed = []
-    for _, group in groupby(ordered, key=lambda item: item.graded.rollout.prompt.prompt_id):
-        members = list(group)
-        rewards = np.array([[member.graded.reward for member in members]])
-        settings = algorithm.policy_gradient
-        advantages = group_advantages(rewards, settings.std, settings.std_epsilon)[0]
-        routed += [
-            _route(member, float(advantage), algorithm, step)
-            for member, advantage in zip(members, advantages, strict=True)
-            if member.graded.rollout.token_ids
-        ]
+    for group, advantages in zip(groups, config.algorithm.advantage.advantages(rewards), strict=True):
+        for item, advantage in zip(group, advantages, strict=True):
+            rollout = item.graded.rollout
+            is_masked = config.algorithm.overlong.mask and rollout.finish_reason == "length"
+            if rollout.token_ids and not is_masked:
+                routed.append(_route(GroupMember(item, group), float(advantage), config, step))
     return routed
 
 
-def _route(annotated: AnnotatedRollout, advantage: float, algorithm: Algorithm, step: int) -> RoutedRollout:
-    length = len(annotated.graded.rollout.token_ids)
-    pg_weight = np.ones(length)
-    kl_weight = np.zeros(length)
-    route_index = np.full(length, -1)
-    for index, route in enumerate(algorithm.routes.values()):
-        if not is_active(route, step):
-            continue
-        mine = _selected(annotated, route, length) & (route_index < 0)
-        route_index[mine] = index
-        pg_weight[mine] = routed_policy_weight(route, step)
-        kl_weight[mine] = schedule_value(route.schedule, step) * route.multiplier
-    return RoutedRollout(annotated, advantage, pg_weight, route_index, kl_weight)
+def keep_top_tokens(
+    routed: Sequence[RoutedRollout], candidates: Mapping[int, Mapping[RolloutKey, ScoredTokens]], config: RunConfig
+) -> list[RoutedRollout]:
+    """Thin out the routes with a token score to the tokens that score highest in the whole batch.
 
-
-def _selected(annotated: AnnotatedRollout, route: Route, length: int) -> np.ndarray:
-    """Mask [time] of the tokens that the route selects."""
-    mask = np.zeros(length, dtype=bool)
-    if annotated.graded.is_correct != (route.selector.rollouts == "correct"):
-        return mask
-    for span in annotated.spans:
-        if span.span_class == _SPAN_CLASS[route.selector.tokens]:
-            mask[span.start : span.end] = True
-    return mask
-
-
-def token_denominators(lengths: Sequence[int], aggregation: str) -> list[float]:
-    """Return what each rollout's token weights are divided by.
-
-    seq-mean-token-mean: |y_i| * R for R rollouts; token-mean: sum_j |y_j| (Yu et al. 2025, arXiv:2503.14476, eq. 8).
+    Args:
+        candidates: by route that has a score, then by rollout: its candidate tokens with what the score reads.
     """
-    if aggregation == "token-mean":
-        return [float(sum(lengths))] * len(lengths)
-    return [float(length * len(lengths)) for length in lengths]
-
-
-def training_batch(
-    routed: Sequence[RoutedRollout],
-    teacher_rows: Mapping[RolloutKey, TeacherRows],
-    algorithm: Algorithm,
-    step: int,
-    policy_version: int,
-) -> TrainingBatch:
-    """Join routes and teacher rows into what the learner sees, denominators folded into the weights.
-
-    Raises:
-        WeightSyncError: a rollout was written by weights of another version than `policy_version`.
-    """
-    stale = sorted({item.annotated.graded.rollout.policy_version for item in routed} - {policy_version})
-    if stale:
-        raise WeightSyncError(
-            f"step {step} got rollouts written by weights of version {stale}, expected {policy_version} only; the "
-            "generator was not synced before it sampled, report this as a bug"
+    kept: dict[tuple[int, RolloutKey], np.ndarray] = {}
+    for index, route in enumerate(config.algorithm.routes.values()):
+        tokens = route.selector.tokens
+        if isinstance(tokens, Top) and index in candidates:
+            scored = list(candidates[index].values())
+            masks = keep_top(tokens.score.scores(scored), tokens.frac)
+            kept |= {(index, item.member.rollout.key): mask for item, mask in zip(scored, masks, strict=True)}
+    return [
+        replace(
+            item,
+            routed=tuple(
+                thinned
+                for tokens in item.routed
+                for mask in [kept.get((tokens.route, item.key), np.ones(len(tokens.positions), dtype=bool))]
+                if len((thinned := replace(tokens, positions=tokens.positions[mask])).positions)
+            ),
         )
-    lengths = [len(item.pg_weight) for item in routed]
-    denominators = token_denominators(lengths, algorithm.aggregation)
-    sequences = tuple(
-        _training_sequence(item, teacher_rows, denominator)
-        for item, denominator in zip(routed, denominators, strict=True)
-    )
-    return TrainingBatch(step, policy_version, sequences)
+        for item in routed
+    ]
 
 
-def _training_sequence(
-    routed: RoutedRollout, teacher_rows: Mapping[RolloutKey, TeacherRows], denominator: float
-) -> TrainingSequence:
-    rollout = routed.annotated.graded.rollout
-    positions = np.flatnonzero(routed.is_routed)
-    rows = teacher_rows[rollout.key].hidden if len(positions) else np.zeros((0, 0), dtype=np.float32)
-    if len(rows) != len(positions):
-        raise ValueError(f"rollout {rollout.key} has {len(positions)} routed tokens but {len(rows)} teacher rows")
-    return TrainingSequence(
-        key=rollout.key,
-        prompt_token_ids=rollout.prompt_token_ids,
-        token_ids=rollout.token_ids,
-        rollout_logprobs=rollout.rollout_logprobs,
-        advantage=routed.advantage,
-        pg_weight=(routed.pg_weight / denominator).astype(np.float32),
-        kl_positions=positions,
-        kl_route=routed.route_index[positions],
-        kl_weight=(routed.kl_weight[positions] / denominator).astype(np.float32),
-        teacher_hidden=rows,
-    )
+def policy_weights(routed: RoutedRollout, algorithm: Algorithm, step: int) -> Float[np.ndarray, " time"]:
+    """What the routes leave of the policy gradient on each token of a rollout.
+
+    Actions that change the advantage are not counted: they take what is left into account themselves.
+    """
+    routes = list(algorithm.routes.values())
+    weights = np.ones(routed.member.length)
+    for tokens in routed.routed:
+        if not isinstance(routes[tokens.route].action, AdvantageAction):
+            weights[tokens.positions] *= routes[tokens.route].policy_weight(step)
+    return weights
 
 
-def routing_metrics(routed: Sequence[RoutedRollout], algorithm: Algorithm, step: int) -> dict[str, float]:
-    """Rewards, group statistics, lengths, and what the routes took at this step."""
-    graded = [item.annotated.graded for item in routed]
-    lengths: Float[np.ndarray, " batch"] = np.array([len(item.pg_weight) for item in routed], dtype=float)
-    groups: dict[str, list[float]] = {}
-    for item in graded:
-        groups.setdefault(item.rollout.prompt.prompt_id, []).append(item.reward)
-    metrics = {
-        "reward/mean": float(np.mean([item.reward for item in graded])),
-        "reward/zero_variance_groups_frac": float(np.mean([len(set(rewards)) == 1 for rewards in groups.values()])),
-        "response/length_mean_tokens": float(lengths.mean()),
-        "response/truncated_frac": float(np.mean([item.rollout.finish_reason == "length" for item in graded])),
-        "route/token_frac": float(sum(item.is_routed.sum() for item in routed) / lengths.sum()),
-        "route/rollouts_frac": float(np.mean([item.is_routed.any() for item in routed])),
-    }
-    for name, route in algorithm.routes.items():
-        metrics[f"route/{name}/lambda"] = schedule_value(route.schedule, step)
-        metrics[f"route/{name}/policy_weight"] = routed_policy_weight(route, step) if is_active(route, step) else 1.0
-    return metrics
+def _route(member: GroupMember, advantage: float, config: RunConfig, step: int) -> RoutedRollout:
+    is_claimed = np.zeros(member.length, dtype=bool)
+    routed = []
+    for index, (name, route) in enumerate(config.algorithm.routes.items()):
+        if not route.is_active(step):
+            continue
+        seed = derive_seed(config.run.seed, "route", name, step, *member.rollout.key)
+        positions = route.selector.positions(member, route.teacher_context(config.teacher.context), seed)
+        if route.is_exclusive:
+            positions = positions[~is_claimed[positions]]
+            is_claimed[positions] = True
+        if len(positions):
+            routed.append(RoutedTokens(index, positions, route.schedule.at(step) * route.multiplier))
+    return RoutedRollout(member, advantage, tuple(routed))
+
+
+def _shaped_reward(item: AnnotatedRollout, config: RunConfig) -> float:
+    limit = config.sampling.max_response_tokens
+    return item.graded.reward + config.algorithm.overlong.penalty(len(item.graded.rollout.token_ids), limit)
+
+
+def _union(parts: Iterable[frozenset[TeacherOutput]]) -> frozenset[TeacherOutput]:
+    return frozenset().union(*parts)

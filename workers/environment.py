@@ -30,15 +30,19 @@ def has_gpu() -> bool:
     return Path("/proc/driver/nvidia/version").exists()
 
 
-def variables(kv_cache_gib: int = 1) -> dict[str, str]:
-    """Environment of a role on this machine."""
+def variables(kv_cache_gib: int = 0) -> dict[str, str]:
+    """Environment of a role on this machine.
+
+    Args:
+        kv_cache_gib: of an engine on CPUs; 0 leaves it open.
+    """
     chosen = dict(_ALWAYS)
     if not has_gpu():
-        chosen |= _CPU | {"VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib)}
+        chosen |= _CPU | ({"VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib)} if kv_cache_gib else {})
     return {name: os.environ.get(name, value) for name, value in chosen.items()}
 
 
-def apply(kv_cache_gib: int = 1) -> None:
+def apply(kv_cache_gib: int = 0) -> None:
     """Set the environment of this process."""
     os.environ.update(variables(kv_cache_gib))
 

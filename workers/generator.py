@@ -4,8 +4,8 @@ Decides how requests are spread over engines and how a vLLM output becomes a `Ro
 routes, or how weights are transferred beyond the calls of vLLM's weight transfer API.
 
 Invariants: an engine samples only with weights that were proven (`accept`), and every rollout of one call carries that
-one version; token ids and log-probs are the sampler's own, under the sampling distribution (after temperature); the
-prefix cache never outlives the weights that filled it.
+one version; token ids and log-probs are the sampler's own, under the sampling distribution (after temperature, top-k
+and top-p); the prefix cache never outlives the weights that filled it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ray.exceptions import RayError
 from trace_rl.batch import Rollout, RolloutRequest
 from trace_rl.config.roles import GeneratorSettings, Model
 from trace_rl.errors import TraceError, WeightSyncError, WorkerError
+from trace_rl.protocols import Decoding
 from trace_rl.workers import environment
 from trace_rl.workers.waiting import first_cause, wait_for, worker_error
 from trace_rl.workers.weight_sender import TransferBackend, TransferGroup, WeightManifest, transport_gist
@@ -101,9 +102,13 @@ class GeneratorEngine:
         return self._name
 
     def generate(
-        self, requests: Sequence[RolloutRequest], temperature: float, max_tokens: int
+        self, requests: Sequence[RolloutRequest], decoding: Decoding, max_tokens: int
     ) -> Iterator[list[Rollout]]:
         """Sample one completion per request; yields those that finished in the same engine step.
+
+        Log-probs are of the distribution that was sampled from: log_softmax of logits / temperature, of which top-k and
+        then top-p have set the rest to -inf, so the mass of the tokens that are left is 1. With top_p=1 and top_k=0
+        they are the model's own at that temperature; otherwise they lie above them.
 
         Raises:
             WeightSyncError: the weights of this engine are not proven.
@@ -121,7 +126,9 @@ class GeneratorEngine:
         try:
             for number, request in enumerate(requests):
                 params = SamplingParams(
-                    temperature=temperature,
+                    temperature=decoding.temperature,
+                    top_p=decoding.top_p,
+                    top_k=decoding.top_k,
                     max_tokens=max_tokens,
                     seed=request.seed,
                     logprobs=0,
@@ -268,7 +275,7 @@ class VllmGenerator:
         self._max_tokens = max_tokens
         self._timeout_s = timeout_s
 
-    def generate(self, requests: Sequence[RolloutRequest], temperature: float) -> Iterator[Rollout]:
+    def generate(self, requests: Sequence[RolloutRequest], decoding: Decoding) -> Iterator[Rollout]:
         """Submit everything now; iterate to receive.
 
         Raises:
@@ -278,7 +285,7 @@ class VllmGenerator:
         deadline = time.monotonic() + self._timeout_s
         shares = split_by_prompt(requests, len(self._engines))
         streams = {
-            engine.generate.options(num_returns="streaming").remote(share, temperature, self._max_tokens): index
+            engine.generate.options(num_returns="streaming").remote(share, decoding, self._max_tokens): index
             for index, (engine, share) in enumerate(zip(self._engines, shares, strict=True))
             if share
         }

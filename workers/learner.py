@@ -23,12 +23,13 @@ from jaxtyping import Float
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from torch import Tensor
 
-from trace_rl.batch import TrainingBatch
+from trace_rl.batch import TokenStatistics, TrainingBatch
 from trace_rl.config.run import RunConfig
 from trace_rl.errors import ConfigError, TraceError, TrainingError, WorkerError
-from trace_rl.token_loss import route_losses, summarise
+from trace_rl.token_loss import objective_of, summarise
 from trace_rl.workers import checkpoint
-from trace_rl.workers.learner_rank import LearnerRank, LearnerSpec, StepReport, merge_sums
+from trace_rl.workers.batch_runner import StepReport, merge_sums
+from trace_rl.workers.learner_rank import LearnerRank, LearnerSpec
 from trace_rl.workers.waiting import first_cause, worker_error
 from trace_rl.workers.weight_sender import TransferGroup, WeightManifest, transfer_backend
 
@@ -50,9 +51,7 @@ def learner_spec(config: RunConfig) -> LearnerSpec:
     return LearnerSpec(
         model=config.model,
         settings=config.learner,
-        policy_gradient=config.algorithm.policy_gradient,
-        routes=route_losses(config.algorithm),
-        sampling_temperature=config.sampling.temperature,
+        objective=objective_of(config.algorithm, config.sampling.temperature),
         num_optimizer_steps=config.run.steps * config.learner.minibatches_per_step,
         seed=config.run.seed,
         collective_timeout_s=config.placement.step_timeout_s,
@@ -108,13 +107,27 @@ class DeepSpeedLearner:
         for report in reports:
             merge_sums(sums, report.sums)
         first = reports[0]
-        return summarise(sums, self._spec.routes) | {
+        return summarise(sums, self._spec.objective) | {
             "learner/grad_norm": float(np.mean(first.grad_norms)),
             "learner/learning_rate": first.learning_rate,
             "learner/num_micro_batches": float(first.num_micro_batches),
             "learner/padding_frac": first.padding_frac,
             "learner/duration_s": time.monotonic() - started,
         }
+
+    def score(self, batch: TrainingBatch) -> list[TokenStatistics]:
+        """What the policy says of the rows of routes under its present weights; takes no step."""
+        return [item for found in self._all("score", ray.put(batch)) for item in found]
+
+    def gradient_parts(self, batch: TrainingBatch) -> dict[str, float]:
+        """Norms of the policy-gradient and the routed part of the gradient, and their cosine; takes no step.
+
+        Empty under ZeRO-3, whose parameters are never whole.
+        """
+        if self._spec.settings.zero_stage == 3:
+            return {}
+        parts: dict[str, float] = self._all("gradient_parts", ray.put(batch))[0]
+        return parts
 
     def set_teacher_head(self, head: ray.ObjectRef[Tensor]) -> None:
         """Give every rank the teacher's output head [vocab, hidden]; once per refresh of the teacher."""

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from trace_rl.config.roles import Model
 from trace_rl.errors import ModelError
@@ -27,8 +27,11 @@ _PROBE_TOKENS = 4
 _HEAD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
-def load_policy(model: Model, device: torch.device) -> PreTrainedModel:
+def load_policy(model: Model, device: torch.device, setting: str = "model.path") -> PreTrainedModel:
     """Load a causal LM in the configured precision, without dropout.
+
+    Args:
+        setting: which setting gave the path; named in errors.
 
     Raises:
         ModelError: it cannot be loaded, or its logits are not `hidden @ head.T`.
@@ -40,7 +43,7 @@ def load_policy(model: Model, device: torch.device) -> PreTrainedModel:
     except (OSError, ValueError, KeyError, ImportError) as error:
         found = "the folder" if Path(model.path).is_dir() else "no folder of that name exists, and the hub name"
         raise ModelError(
-            f"model.path: {found} {model.path!r} cannot be loaded as a causal language model ({error}); give a folder "
+            f"{setting}: {found} {model.path!r} cannot be loaded as a causal language model ({error}); give a folder "
             "with config.json and safetensors, or the hub name of a model that transformers.AutoModelForCausalLM knows"
         ) from error
     if device.type == "cpu":
@@ -48,11 +51,17 @@ def load_policy(model: Model, device: torch.device) -> PreTrainedModel:
         torch.backends.cuda.enable_flash_sdp(False)
     policy.to(device)
     _disable_dropout(policy)
-    check_head(policy, model.path)
+    check_head(policy, model.path, setting)
     return policy
 
 
-def check_head(policy: PreTrainedModel, name: str) -> None:
+def vocabulary_size(model: Model) -> int:
+    """Rows of the output head that a model's own config names, padding included; reads no weights."""
+    config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    return int(config.get_text_config().vocab_size)
+
+
+def check_head(policy: PreTrainedModel, name: str, setting: str = "model.path") -> None:
     """Refuse a model whose logits are not `hidden @ head.T`.
 
     Raises:
@@ -60,7 +69,7 @@ def check_head(policy: PreTrainedModel, name: str) -> None:
     """
     head = policy.get_output_embeddings()
     if head is None or not isinstance(getattr(head, "weight", None), Tensor):
-        raise ModelError(f"model.path: {name!r} has no linear output head; choose a causal language model with one")
+        raise ModelError(f"{setting}: {name!r} has no linear output head; choose a causal language model with one")
     ids = torch.arange(_PROBE_TOKENS, device=policy.device).unsqueeze(0)
     was_training = policy.training
     policy.eval()
@@ -73,7 +82,7 @@ def check_head(policy: PreTrainedModel, name: str) -> None:
     scale = max(1.0, actual.abs().max().item())
     if not gap <= _HEAD_TOLERANCE[head.weight.dtype] * scale:
         raise ModelError(
-            f"model.path: the logits of {name!r} differ by {gap:.3g} from hidden @ head.T (soft-capping, scaling or a "
+            f"{setting}: the logits of {name!r} differ by {gap:.3g} from hidden @ head.T (soft-capping, scaling or a "
             "bias of the head, or weights that are not finite); choose a model with a plain linear head"
         )
 

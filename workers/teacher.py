@@ -1,10 +1,17 @@
-"""The teacher: scores the student's own tokens under privileged context, and returns states instead of logits.
+"""The teacher: scores the student's own tokens under privileged context, and returns only what is asked of it.
 
-`TeacherModel` becomes a Ray actor and holds a copy of the policy; `RayTeacher` is its side on the driver and decides
-when the copy is refreshed. What leaves the actor is the final hidden state (behind the last norm) of each routed row,
-`hidden` numbers a row instead of `vocab`, and the output head once a refresh; the learner multiplies the two.
+`TeacherModel` becomes a Ray actor and holds the models whose logits are mixed; `RayTeacher` is its side on the driver
+and moves the policy's weights into it. What leaves the actor for a divergence is the final hidden state (behind the
+last norm) of each wanted row, `hidden` numbers a row instead of `vocab`, and the output head; the learner multiplies
+the two. Where only log-probs or entropies are read, no state and no head is shipped.
 
-Rollouts without routed tokens are never sent, and sequences end behind their last routed token.
+Invariants:
+* logits = hidden @ head.T, for every kind of weights: a mix of models is one product, of the scaled states side by side
+  with the heads side by side.
+* The state of a resumed teacher equals that of the uninterrupted one: what depends on earlier steps is saved, all else
+  is made again from the start weights and the policy.
+
+Rollouts without routed tokens are never sent, and sequences end behind their last wanted token.
 """
 
 from __future__ import annotations
@@ -14,82 +21,180 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from jaxtyping import Float
 from ray import ObjectRef
 from ray.actor import ActorHandle
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from trace_rl.batch import TeacherRequest, TeacherRows
-from trace_rl.config.roles import Model, TeacherWeights
-from trace_rl.config.roles import Teacher as TeacherSettings
-from trace_rl.errors import CheckpointError
+from trace_rl.config.roles import Model
+from trace_rl.config.teacher import Teacher as TeacherSettings
+from trace_rl.config.teacher import TeacherWeights
+from trace_rl.errors import CheckpointError, ModelError
 from trace_rl.packing import length_batches, predicting_positions, right_pad
 from trace_rl.workers.policy_model import final_hidden, head_weight, load_policy
 from trace_rl.workers.waiting import wait_for
 
 _STATE_FILE = "teacher.safetensors"
+_ROWS_PER_PRODUCT = 512
+"""Rows that are projected to the vocabulary at a time: 0.3 GB in float32 for 152 000 entries."""
 
 
 class TeacherSource(Protocol):
     """The learner as the teacher sees it: where weights come from and where the head goes to."""
 
-    def export_state(self) -> Iterable[ObjectRef[dict[str, torch.Tensor]]]:
+    def export_state(self) -> Iterable[ObjectRef[dict[str, Tensor]]]:
         """The policy's weights in buckets, in the order of a Hugging Face state dict."""
         ...
 
-    def set_teacher_head(self, head: ObjectRef[torch.Tensor]) -> None:
+    def set_teacher_head(self, head: ObjectRef[Tensor]) -> None:
         """Give every rank the head [vocab, hidden] that belongs to the rows of the coming steps."""
         ...
 
 
 class TeacherModel:
-    """A frozen causal LM that is read, never trained."""
+    """Causal LMs that are read, never trained.
 
-    def __init__(self, model: Model, settings: TeacherSettings) -> None:
+    Args:
+        vocab_size: rows of the policy's output head. What a teacher's head has beyond them is padding and is cut.
+
+    Raises:
+        ModelError: a model cannot be loaded, or its vocabulary is smaller than the policy's.
+    """
+
+    def __init__(self, model: Model, settings: TeacherSettings, vocab_size: int) -> None:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = load_policy(model, self._device).eval().requires_grad_(False)
+        self._weights = settings.weights
+        self._vocab_size = vocab_size
         self._max_tokens = settings.max_tokens_per_batch
+        start = model.model_copy(update={"path": settings.weights.start_path(model.path)})
+        setting = "model.path" if start.path == model.path else "teacher.weights.path"
+        self._models = [
+            load_policy(start, self._device, setting).eval().requires_grad_(False) for _ in settings.weights.shares()
+        ]
+        found = len(head_weight(self._models[0]))
+        if found < vocab_size:
+            raise ModelError(
+                f"{setting}: the output head of {start.path!r} has {found} rows, fewer than the {vocab_size} of the "
+                "policy, so it cannot score the policy's tokens; choose a teacher with the policy's tokenizer"
+            )
+        moving = self._models[-1].named_parameters()  # tied weights once
+        self._average = {n: v.float().cpu().clone() for n, v in moving} if settings.weights.is_average else {}
 
     def ready(self) -> bool:
         return True
 
     def score(self, requests: Sequence[TeacherRequest]) -> list[TeacherRows]:
-        """One forward per batch of similar lengths; returns rows in the order of the requests."""
+        """One forward per model and batch of similar lengths; returns rows in the order of the requests."""
         rows: dict[int, TeacherRows] = {}
         for indices in length_batches([_length(request) for request in requests], self._max_tokens):
             batch = [requests[index] for index in indices]
             rows |= dict(zip(indices, self._score_batch(batch), strict=True))
         return [rows[index] for index in range(len(requests))]
 
-    def load_bucket(self, bucket: dict[str, torch.Tensor]) -> None:
-        """Copy a part of the policy's weights into the teacher."""
-        own = self._model.state_dict()
+    def load_bucket(self, bucket: dict[str, Tensor], rate: float) -> None:
+        """Move a part of the weights toward the policy's: phi <- (1 - rate) phi + rate theta.
+
+        A rate between 0 and 1 needs the float32 average of `TeacherWeights.is_average`.
+        """
+        own = self._models[-1].state_dict()
         for name, value in bucket.items():
+            if name in self._average:
+                value = self._average[name].lerp_(value.float().cpu(), rate)
             own[name].copy_(value)
 
-    def head(self) -> torch.Tensor:
-        """The output head [vocab, hidden]."""
-        return head_weight(self._model).detach().cpu().clone()
+    def head(self) -> Float[Tensor, "vocab hidden"]:
+        """The output head that belongs to the states of the rows; of several models side by side."""
+        return torch.cat([head.cpu() for head in self._heads()], dim=-1).clone()
 
     def save(self, path: Path) -> None:
+        """Write what depends on earlier steps; other kinds of weights leave nothing behind."""
+        if self._weights.depends_on != "history":
+            return
         path.mkdir(parents=True, exist_ok=True)
-        named = dict(self._model.named_parameters())  # tied weights once
-        save_file({name: value.detach().cpu().contiguous() for name, value in named.items()}, path / _STATE_FILE)
+        named = {name: value.detach().cpu().contiguous() for name, value in self._models[-1].named_parameters()}
+        save_file(self._average or named, path / _STATE_FILE)
 
     def load(self, path: Path) -> None:
-        if not (path / _STATE_FILE).is_file():
+        """Continue from a checkpoint.
+
+        Raises:
+            CheckpointError: it lacks a copy that is needed, or has one that this kind of weights would ignore.
+        """
+        file = path / _STATE_FILE
+        if self._weights.depends_on == "history":
+            self._load_copy(file)
+        elif self._weights.depends_on == "start" and file.is_file() and not self._equals(load_file(file)):
             raise CheckpointError(
-                f"{path} holds no copy of the teacher ({_STATE_FILE} is missing); a checkpoint of a method without "
-                "routes can be resumed by such a method only, or be the model.path of a new run"
+                f"{file} holds a copy of a teacher that is not the one of teacher.weights.type = "
+                f"{self._weights.type}; set teacher.weights to what the run was started with, or start a new run"
             )
-        self.load_bucket(load_file(path / _STATE_FILE))
+
+    def _load_copy(self, file: Path) -> None:
+        if not file.is_file():
+            raise CheckpointError(
+                f"{file.parent} holds no copy of the teacher ({file.name} is missing), which teacher.weights.type = "
+                f"{self._weights.type} goes on from; set algorithm and teacher.weights to what the run was started "
+                "with, or make its weights the model.path of a new run"
+            )
+        state = load_file(file)
+        if self._weights.is_average:
+            self._average = {name: value.float() for name, value in state.items()}
+        own = self._models[-1].state_dict()
+        for name, value in state.items():
+            own[name].copy_(value)
+
+    def _equals(self, state: dict[str, Tensor]) -> bool:
+        own = dict(self._models[-1].named_parameters())
+        return own.keys() == state.keys() and all(torch.equal(own[name].cpu(), state[name]) for name in own)
 
     @torch.no_grad()
     def _score_batch(self, batch: Sequence[TeacherRequest]) -> Iterator[TeacherRows]:
         padded = right_pad([request.teacher_prompt_token_ids + request.token_ids for request in batch])
-        hidden = final_hidden(self._model, *(tensor.to(self._device) for tensor in padded))
+        on_device = [tensor.to(self._device) for tensor in padded]
+        hidden = [final_hidden(model, *on_device) for model in self._models]
         for index, request in enumerate(batch):
-            rows = torch.from_numpy(predicting_positions(len(request.teacher_prompt_token_ids), request.positions))
-            yield TeacherRows(request.key, hidden[index, rows.to(self._device)].float().cpu().numpy())
+            predicting = predicting_positions(len(request.teacher_prompt_token_ids), request.positions)
+            rows = torch.from_numpy(predicting).to(self._device)
+            yield self._rows(request, [states[index, rows] for states in hidden])
+
+    def _rows(self, request: TeacherRequest, states: Sequence[Float[Tensor, "row _"]]) -> TeacherRows:
+        """What the request asks for, from the states of each model; the rest has no rows."""
+        scaled = [share * each for share, each in zip(self._weights.shares(), states, strict=True)]
+        logprobs, entropy = torch.zeros(0), torch.zeros(0)
+        if request.outputs & {"logprobs", "entropy"}:
+            targets = torch.tensor([request.token_ids[position] for position in request.positions], device=self._device)
+            chunks = [
+                self._logprobs_and_entropy(*chunk, request.temperature)
+                for chunk in zip(
+                    zip(*(each.split(_ROWS_PER_PRODUCT) for each in scaled), strict=True),
+                    targets.split(_ROWS_PER_PRODUCT),
+                    strict=True,
+                )
+            ]
+            logprobs, entropy = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+        wanted = len(request.positions)
+        hidden = torch.cat(scaled, dim=-1)[: wanted if "states" in request.outputs else 0]
+        return TeacherRows(
+            key=request.key,
+            view=request.view,
+            positions=request.positions,
+            hidden=hidden.float().cpu().numpy(),
+            logprobs=logprobs[: wanted if "logprobs" in request.outputs else 0].cpu().numpy(),
+            entropy=entropy[: wanted if "entropy" in request.outputs else 0].cpu().numpy(),
+        )
+
+    def _logprobs_and_entropy(
+        self, states: Sequence[Float[Tensor, "row _"]], targets: Tensor, temperature: float
+    ) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
+        """log q of the targets, and the entropy of q in nats, over the policy's vocabulary."""
+        products = [(each @ head.T).float() for each, head in zip(states, self._heads(), strict=True)]
+        logprobs = torch.log_softmax(sum(products[1:], products[0]) / temperature, dim=-1)
+        return logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), -(logprobs.exp() * logprobs).sum(-1)
+
+    def _heads(self) -> list[Float[Tensor, "vocab _"]]:
+        return [head_weight(model).detach()[: self._vocab_size] for model in self._models]
 
 
 class RayTeacher:
@@ -100,28 +205,33 @@ class RayTeacher:
         self._source = source
         self._weights = weights
         self._timeout_s = timeout_s
-        self._has_sent_head = False
+        self._is_head_current = False
 
     def refresh(self, step: int) -> bool:
-        """Copy the policy's weights where the teacher's policy asks for it, and ship the head that goes with them."""
-        is_due = self._weights.type == "live" or (self._weights.type == "periodic" and step % self._weights.every == 0)
-        if is_due:
-            for bucket in self._source.export_state():
-                self._wait(self._actor.load_bucket.remote(bucket), "loading the policy's weights")
-        if is_due or not self._has_sent_head:
-            self._source.set_teacher_head(self._actor.head.remote())
-            self._has_sent_head = True
-        return is_due
+        """Move the teacher's weights toward the policy's as their kind asks for, once before a step is scored."""
+        rate = self._weights.rate_at(step)
+        if rate == 0:
+            return False
+        for bucket in self._source.export_state():
+            self._wait(self._actor.load_bucket.remote(bucket, rate), "loading the policy's weights")
+        self._is_head_current = False
+        return True
 
     def score(self, requests: Sequence[TeacherRequest]) -> list[TeacherRows]:
-        return self._wait(self._actor.score.remote(list(requests)), "scoring") if requests else []
+        """Score, and give the learner the head that belongs to the states when it has another one."""
+        if not requests:
+            return []
+        if not self._is_head_current and any("states" in request.outputs for request in requests):
+            self._source.set_teacher_head(self._actor.head.remote())
+            self._is_head_current = True
+        return self._wait(self._actor.score.remote(list(requests)), "scoring")
 
     def save(self, path: Path) -> None:
         self._wait(self._actor.save.remote(path), "saving its weights")
 
     def load(self, path: Path) -> None:
         self._wait(self._actor.load.remote(path), "loading its weights")
-        self._has_sent_head = False
+        self._is_head_current = False
 
     def _wait(self, ref: Any, doing: str) -> Any:
         return wait_for(ref, self._timeout_s, "the teacher", doing)

@@ -19,7 +19,7 @@ NOT_IN_TRACE = ("ray", "vllm", "deepspeed", "transformers", "datasets", *HTTP)
 # Libraries that only some modules of workers/ may import directly, by file name.
 WORKERS_MAY: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "vllm": (("vllm",), ("generator*", "weight_*")),
-    "deepspeed": (("deepspeed",), ("learner*", "deepspeed_*", "checkpoint*")),
+    "deepspeed": (("deepspeed",), ("learner*", "batch_runner", "deepspeed_*", "checkpoint*")),
     "http": (HTTP, ("api_annotator*",)),
 }
 

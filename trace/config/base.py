@@ -1,15 +1,64 @@
-"""The strict base of every section: frozen, no unknown keys, attribute docstrings become descriptions."""
+"""The strict bases of the configuration: sections, and settings that come in kinds told apart by their `type`."""
 
-from collections.abc import Set
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Set
 from string import Formatter
+from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, model_validator
+from pydantic_core import PydanticCustomError
 
 
 class Section(BaseModel):
     """A part of the configuration that refuses what it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Kind(Section):
+    """A setting that comes in kinds; each kind is a subclass with a `type` and holds its settings *and* its formula.
+
+    A direct subclass names the idea (`class Schedule(Kind)`), and a field annotated with it accepts every kind that has
+    been defined anywhere, by mapping (`{type: constant, value: 1}`) or, where the defaults do, by name (`constant`). So
+    a new kind is one class in one file, and nothing that loads, routes or trains has to know it.
+    """
+
+    type: str
+    kinds: ClassVar[dict[str, Any]]
+    """The kinds of this idea by their `type`."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        if Kind in cls.__bases__:
+            cls.kinds = {}
+        if not cls.is_open():
+            cls.kinds[cls.model_fields["type"].default] = cls
+
+    @classmethod
+    def is_open(cls) -> bool:
+        """Whether this class stands for any of its kinds rather than being one."""
+        return cls.model_fields["type"].is_required()
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _choose_kind(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, str):
+            value = {"type": value}
+        if not cls.is_open():
+            return handler(value)
+        found = value.get("type") if isinstance(value, Mapping) else None
+        if found not in cls.kinds or not issubclass(cls.kinds[found], cls):
+            known = sorted(name for name, kind in cls.kinds.items() if issubclass(kind, cls))
+            near = difflib.get_close_matches(str(found), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+            raise PydanticCustomError("unknown_kind", "type {found}; {hint}", {"found": repr(found), "hint": hint})
+        chosen: Self = cls.kinds[found].model_validate(value)
+        return chosen
 
 
 def check_fields(setting: str, template: str, known: Set[str]) -> Set[str]:

@@ -45,14 +45,33 @@ class Data(Section):
 
 class Sampling(Section):
     prompts_per_step: int = Field(32, ge=1)
-    samples_per_prompt: int = Field(8, ge=2)
-    """Group size G; advantages compare the completions of one prompt, so at least 2."""
-    temperature: float = Field(1.0, ge=0.01)
+    samples_per_prompt: int = Field(8, ge=1)
+    """Group size G; at least 2 where advantages compare the completions of one prompt."""
+    temperature: float = Field(1.0, ge=0.01, le=2)
     """Below 0.01 vLLM clamps or turns greedy, and its log-probs would belong to another distribution."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Samples come from the likeliest tokens that hold this mass; below 1 only without a policy gradient."""
+    top_k: int = Field(0, ge=0)
+    """Samples come from so many of the likeliest tokens; 0: from all. Above 0 only without a policy gradient."""
+    source: Literal["policy", "solutions", "teacher"] = "policy"
+    """Who writes the completions that are trained on: the policy; the reference solutions of the data; or the teacher's
+    start weights, sampled by an engine of their own."""
+    off_policy_frac: float = Field(1.0, gt=0, le=1)
+    """Share of the prompts whose completions come from `source` where that is not the policy; the others are sampled
+    from the policy (1 - lambda of GKD, arXiv:2306.13649)."""
     max_prompt_tokens: int = Field(1024, ge=1)
     """Longer student prompts are refused before the run starts."""
     max_response_tokens: int = Field(4096, ge=1)
     """A completion that reaches it is truncated and graded 0."""
+
+    @model_validator(mode="after")
+    def _shares_have_two_sides(self) -> Sampling:
+        if self.source == "policy" and self.off_policy_frac < 1:
+            raise ValueError(
+                f"sampling.off_policy_frac is {self.off_policy_frac:g}, but sampling.source is policy, so every "
+                "completion is; set sampling.source to solutions or teacher, or leave off_policy_frac out"
+            )
+        return self
 
 
 class Rewarder(Section):
@@ -102,33 +121,6 @@ class Annotator(Section):
     timeout_s: float = Field(60.0, gt=0)
     """Deadline of one call, that is of up to 32 rollouts; those of a late call, and all that the step has left by then,
     go to the policy gradient alone."""
-
-
-class TeacherWeights(Section):
-    type: Literal["live", "periodic", "frozen"] = "periodic"
-    """`live`: the policy of this step; `periodic`: a copy made every `every` steps; `frozen`: the start weights."""
-    every: int = Field(10, ge=1)
-    """Steps between copies; read by `periodic` only."""
-
-
-class Teacher(Section):
-    context: Literal["none", "type_label", "reference"] = "type_label"
-    """What the teacher knows beyond the question."""
-    templates: dict[Literal["type_label", "reference"], str] = {}
-    """Overrides of the wording in `trace_rl.prompts`; fields: {question} in both, {types} in type_label, {reference}
-    in reference."""
-    weights: TeacherWeights = TeacherWeights()
-    max_tokens_per_batch: int = Field(16384, ge=1)
-    """Padded tokens of one teacher forward."""
-
-    @model_validator(mode="after")
-    def _templates_are_templates(self) -> Teacher:
-        for context, template in self.templates.items():
-            setting = f"teacher.templates.{context}"
-            known = {"question", "types" if context == "type_label" else "reference"}
-            if "question" not in check_fields(setting, template, known):
-                raise ValueError(f"{setting} {template!r} lacks {{question}}, which the teacher must see; add it")
-        return self
 
 
 class Optimizer(Section):
@@ -212,7 +204,7 @@ class Evaluation(Section):
     them all off."""
     num_prompts: int = Field(64, ge=1)
     samples_per_prompt: int = Field(1, ge=1)
-    temperature: float = Field(1.0, ge=0.01)
+    temperature: float = Field(1.0, ge=0.01, le=2)
 
 
 class Logging(Section):
@@ -222,6 +214,10 @@ class Logging(Section):
     rollouts_every: int = Field(10, ge=0)
     """Steps between stored samples of rollouts; 0: never."""
     rollouts_per_step: int = Field(16, ge=1)
+    diagnostics_every: int = Field(0, ge=0)
+    """Steps between measured steps (cosine between the two parts of the gradient, one-step lift), while routes are
+    active; 0: never. A measured step takes two more forward passes, one more backward pass, and the memory of two
+    float32 gradients; under ZeRO-3 the cosine is left out."""
 
 
 class Run(Section):

@@ -9,7 +9,8 @@ import math
 
 from pydantic import model_validator
 
-from trace_rl.config.algorithm import Algorithm, Route
+from trace_rl.advantages import GroupAdvantage, LeaveOneOut
+from trace_rl.config.algorithm import Algorithm, Method
 from trace_rl.config.base import Section
 from trace_rl.config.roles import (
     Annotator,
@@ -24,13 +25,18 @@ from trace_rl.config.roles import (
     Run,
     Sampling,
     Sync,
-    Teacher,
 )
+from trace_rl.config.teacher import Teacher
+from trace_rl.config.watch import CollapseWatch
+from trace_rl.token_weights import StudentPerplexity
 
 
 class RunConfig(Section):
     """Everything that decides a run; written resolved to the run folder."""
 
+    plugins: tuple[str, ...] = ()
+    """Modules that define further kinds (of actions, selectors, ...); imported before this configuration is read."""
+    method: Method = Method()
     model: Model
     data: Data
     sampling: Sampling = Sampling()
@@ -43,13 +49,19 @@ class RunConfig(Section):
     sync: Sync = Sync()
     placement: Placement = Placement()
     evaluation: Evaluation = Evaluation()
+    watch: CollapseWatch = CollapseWatch()
     logging: Logging = Logging()
     run: Run = Run()
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether any route asks for a teacher at any step."""
-        return bool(self.algorithm.routes)
+        """Whether any route reads a teacher at any step."""
+        return bool(self.algorithm.reads)
+
+    @property
+    def needs_annotator(self) -> bool:
+        """Whether any route reads spans or what an annotator says of them."""
+        return any(route.span_classes(self.teacher.context) for route in self.algorithm.routes.values())
 
     @property
     def max_sequence_tokens(self) -> int:
@@ -61,10 +73,11 @@ class RunConfig(Section):
         """Logical CPUs that the roles ask Ray for together, rounded up."""
         roles = self.placement
         total = (
-            roles.generator.num_cpus * self.generator.num_engines
+            roles.generator.num_cpus * (self.generator.num_engines + (self.sampling.source == "teacher"))
             + roles.learner.num_cpus * self.learner.world_size
             + roles.rewarder.num_cpus
-            + (roles.teacher.num_cpus + roles.annotator.num_cpus if self.needs_teacher else 0)
+            + (roles.teacher.num_cpus if self.needs_teacher else 0)
+            + (roles.annotator.num_cpus if self.needs_annotator else 0)
         )
         return max(1, math.ceil(total))
 
@@ -79,9 +92,47 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _spans_fit_rollouts(self) -> RunConfig:
+    def _policy_gradient_knows_its_samples(self) -> RunConfig:
+        sampling = self.sampling
+        if not self.algorithm.has_policy_gradient:
+            return self
+        if sampling.top_p < 1 or sampling.top_k:
+            found = (
+                f"sampling.top_p is {sampling.top_p:g}" if sampling.top_p < 1 else f"sampling.top_k is {sampling.top_k}"
+            )
+            raise ValueError(
+                f"{found}, but a policy gradient and its rollout correction compare the learner's log-probs with those "
+                "of the distribution that was sampled from, and the learner's are not truncated; set sampling.top_p=1 "
+                "and sampling.top_k=0, or algorithm.policy_gradient=none"
+            )
+        if sampling.source != "policy":
+            raise ValueError(
+                f"sampling.source is {sampling.source}, but algorithm.policy_gradient "
+                f"{self.algorithm.policy_gradient.type} needs completions that the policy has sampled; set "
+                "sampling.source=policy or algorithm.policy_gradient=none"
+            )
+        compares = isinstance(self.algorithm.advantage, GroupAdvantage | LeaveOneOut)
+        if compares and sampling.samples_per_prompt < 2:
+            raise ValueError(
+                f"algorithm.advantage {self.algorithm.advantage.type} compares the completions of one prompt, but "
+                "sampling.samples_per_prompt is 1; set it to at least 2"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _off_policy_completions_are_understood(self) -> RunConfig:
+        source = self.sampling.source
+        if source == "teacher" and self.teacher.weights.depends_on != "start":
+            raise ValueError(
+                f"sampling.source is teacher, but teacher.weights.type = {self.teacher.weights.type} moves with the "
+                "policy; completions come from an engine that is loaded once: set it to external or frozen"
+            )
         for name, route in self.algorithm.routes.items():
-            _check_route(name, route)
+            if source != "policy" and isinstance(route.token_weight, StudentPerplexity):
+                raise ValueError(
+                    f"algorithm.routes.{name}.token_weight student_perplexity reads the sampler's log-probs, but "
+                    f"completions of sampling.source = {source} have none of the policy; set sampling.source=policy"
+                )
         return self
 
     @model_validator(mode="after")
@@ -102,12 +153,3 @@ class RunConfig(Section):
                 f"sampling.prompts_per_step = {self.sampling.prompts_per_step}; choose a divisor"
             )
         return self
-
-
-def _check_route(name: str, route: Route) -> None:
-    expected = {"key_spans": "correct", "error_spans": "wrong"}[route.selector.tokens]
-    if route.selector.rollouts != expected:
-        raise ValueError(
-            f"algorithm.routes.{name}.selector asks for {route.selector.tokens} of {route.selector.rollouts} rollouts, "
-            f"but {route.selector.tokens} exist on {expected} rollouts only; set rollouts: {expected}"
-        )

@@ -1,0 +1,201 @@
+"""The policy-gradient term of every token, and the correction for a sampler that is not quite the policy.
+
+Pure functions of log-probs and advantages; weights, masks and denominators are applied by the caller. Rows of one
+completion are never spread over two calls, so that ratios of whole sequences can be formed.
+
+Invariants: with the policy equal to the old one every kind but `none` has the gradient -A grad log pi per token
+(`gspo`: in sum over a completion whose tokens share their advantage); no rows give no terms; nothing but
+`policy_logprobs` carries a gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import Field
+from torch import Tensor
+
+from trace_rl.config.base import Kind, Section
+
+
+@dataclass(frozen=True)
+class PolicyRows:
+    """The response tokens of whole completions."""
+
+    policy_logprobs: Float[Tensor, " row"]
+    """Of the sampled tokens under the policy that is trained; carries the gradient."""
+    old_logprobs: Float[Tensor, " row"]
+    """Under the policy before the first optimizer step on the batch; detached."""
+    advantages: Float[Tensor, " row"]
+    sequence: Int[Tensor, " row"]
+    """Which completion the token belongs to."""
+    num_sequences: int
+
+
+@dataclass(frozen=True)
+class PolicyTerms:
+    """What is minimised at every token, and where a clip has taken the gradient away or bounded the weight."""
+
+    loss: Float[Tensor, " row"]
+    is_clipped: Bool[Tensor, " row"]
+
+
+class PolicyGradient(Kind):
+    """A term of the loss at every response token."""
+
+    @abstractmethod
+    def terms(self, rows: PolicyRows) -> PolicyTerms:
+        """The term of every token; differentiable in `rows.policy_logprobs` only."""
+
+
+class Clipped(PolicyGradient):
+    """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with r = pi / pi_old per token.
+
+    Where the clipped branch is the smaller one the token has no gradient. Reference: GRPO, arXiv:2402.03300, eq. 3;
+    clip-higher: DAPO, arXiv:2503.14476, eq. 10; dual clip: arXiv:1912.09729, eq. 5.
+    """
+
+    type: Literal["clipped"] = "clipped"
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: float = Field(0.28, gt=0)
+    """And above at 1 + clip_high."""
+    dual_clip: float | None = Field(None, gt=1)
+    """The term is at most -dual_clip A where A < 0; none by default."""
+
+    def terms(self, rows: PolicyRows) -> PolicyTerms:
+        ratio = torch.exp(rows.policy_logprobs - rows.old_logprobs)
+        free = ratio * rows.advantages
+        clipped = torch.clamp(ratio, 1 - self.clip_low, 1 + self.clip_high) * rows.advantages
+        surrogate = torch.minimum(free, clipped)
+        is_clipped = clipped < free
+        if self.dual_clip is not None:
+            floor = self.dual_clip * rows.advantages
+            below = (rows.advantages < 0) & (surrogate < floor)
+            surrogate = torch.where(below, floor, surrogate)
+            is_clipped = is_clipped | below
+        return PolicyTerms(-surrogate, is_clipped)
+
+
+class Gspo(PolicyGradient):
+    """-min(s A, clip(s, 1 - clip_low, 1 + clip_high) A) with s the geometric mean of a completion's token ratios.
+
+    s_i = exp(mean_t log r_t); at token t it is written sg(s_i) pi_t / sg(pi_t), so that advantages may differ from
+    token to token (GSPO-token). Reference: GSPO, arXiv:2507.18071, eqs. 5-7 and 13-14; clip ranges of its experiments.
+    """
+
+    type: Literal["gspo"] = "gspo"
+    clip_low: float = Field(3e-4, gt=0, lt=1)
+    """The ratio of a completion is clipped below at 1 - clip_low."""
+    clip_high: float = Field(4e-4, gt=0)
+    """And above at 1 + clip_high."""
+
+    def terms(self, rows: PolicyRows) -> PolicyTerms:
+        log_ratio = rows.policy_logprobs.detach() - rows.old_logprobs
+        sums = _sum_by_sequence(log_ratio, rows.sequence, rows.num_sequences)
+        lengths = _sum_by_sequence(torch.ones_like(log_ratio), rows.sequence, rows.num_sequences)
+        ratio = torch.exp(sums / lengths.clamp(min=1))[rows.sequence]
+        ratio = ratio * torch.exp(rows.policy_logprobs - rows.policy_logprobs.detach())
+        free = ratio * rows.advantages
+        clipped = torch.clamp(ratio, 1 - self.clip_low, 1 + self.clip_high) * rows.advantages
+        return PolicyTerms(-torch.minimum(free, clipped), clipped < free)
+
+
+class Cispo(PolicyGradient):
+    """-sg(clip(r, 1 - clip_low, 1 + clip_high)) A log pi: the weight is bounded, and no token loses its gradient.
+
+    Reference: CISPO in MiniMax-M1, arXiv:2506.13585, eqs. 4-5, which has no lower bound in practice.
+    """
+
+    type: Literal["cispo"] = "cispo"
+    clip_low: float = Field(1.0, gt=0, le=1)
+    """The weight is at least 1 - clip_low; at 1 there is no lower bound."""
+    clip_high: float = Field(0.28, gt=0)
+    """And at most 1 + clip_high."""
+
+    def terms(self, rows: PolicyRows) -> PolicyTerms:
+        ratio = torch.exp(rows.policy_logprobs.detach() - rows.old_logprobs)
+        weight = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
+        return PolicyTerms(-weight * rows.advantages * rows.policy_logprobs, weight != ratio)
+
+
+class Reinforce(PolicyGradient):
+    """-A log pi: the score function without a ratio (Williams 1992)."""
+
+    type: Literal["reinforce"] = "reinforce"
+
+    def terms(self, rows: PolicyRows) -> PolicyTerms:
+        loss = -rows.advantages * rows.policy_logprobs
+        return PolicyTerms(loss, torch.zeros_like(loss, dtype=torch.bool))
+
+
+class NoPolicyGradient(PolicyGradient):
+    """No term: pure distillation."""
+
+    type: Literal["none"] = "none"
+
+    def terms(self, rows: PolicyRows) -> PolicyTerms:
+        # a product with 0, not a constant: a micro-batch without rows of routes must still have a gradient to reduce
+        return PolicyTerms(rows.policy_logprobs * 0, torch.zeros_like(rows.policy_logprobs, dtype=torch.bool))
+
+
+class RolloutCorrection(Section):
+    """Truncated importance weights from the sampler's distribution to the learner's, w = min(pi_old / pi_sampler, cap).
+
+    Engines and learners compute the same weights with other kernels and precisions, so samples are slightly off-policy
+    even in the first optimizer step. Weights multiply the policy-gradient term and carry no gradient. The truncation is
+    that of truncated importance sampling (Ionides 2008), applied to this mismatch by the public SDPO code with cap 2.
+    """
+
+    level: Literal["none", "token", "sequence"] = "none"
+    """`token`: the ratio of the token; `sequence`: the product over all tokens of the completion."""
+    cap: float = Field(2.0, ge=1)
+    """Largest weight."""
+
+    def weights(
+        self,
+        old_logprobs: Float[Tensor, " row"],
+        rollout_logprobs: Float[Tensor, " row"],
+        sequence: Int[Tensor, " row"],
+        num_sequences: int,
+    ) -> Float[Tensor, " row"]:
+        """The weight of every token; ones at level `none`."""
+        gap = (old_logprobs - rollout_logprobs).detach()
+        if self.level == "none":
+            return torch.ones_like(gap)
+        if self.level == "sequence":
+            gap = _sum_by_sequence(gap, sequence, num_sequences)[sequence]
+        return torch.exp(gap.clamp(max=math.log(self.cap)))
+
+
+def mismatch_statistics(
+    old_logprobs: Float[Tensor, " row"],
+    rollout_logprobs: Float[Tensor, " row"],
+    weights: Float[Tensor, " row"],
+    cap: float,
+) -> dict[str, Tensor]:
+    """Sums over tokens (and maxima, names ending in `_max`) that tell how far sampler and learner are apart.
+
+    `mismatch`: |log pi_old - log pi_sampler|; `mismatch_k3`: r - 1 - log r with r = pi_old / pi_sampler, whose mean
+    estimates KL(sampler || learner) in nats without bias (the k3 estimator); `correction`: the weights;
+    `correction_capped`: number of tokens whose weight is the cap.
+    """
+    gap = (old_logprobs - rollout_logprobs).detach()
+    return {
+        "mismatch": gap.abs().sum(),
+        "mismatch_max": gap.abs().max() if gap.numel() else gap.sum(),
+        "mismatch_k3": (torch.expm1(gap) - gap).sum(),
+        "correction": weights.sum(),
+        "correction_capped": (weights >= cap).sum().to(gap.dtype),
+    }
+
+
+def _sum_by_sequence(
+    values: Float[Tensor, " row"], sequence: Int[Tensor, " row"], num_sequences: int
+) -> Float[Tensor, " sequence"]:
+    return values.new_zeros(num_sequences).index_add(0, sequence, values)

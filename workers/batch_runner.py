@@ -1,0 +1,257 @@
+"""What one learner rank does with a batch: optimizer steps, scoring passes, and the geometry of the gradient.
+
+Decides the order of things within a step: the same plan on every rank, old log-probs before the first of several
+optimizer steps, a check of every loss on all ranks before its backward pass. The number of collectives depends on the
+plan alone, never on what a rank's sequences hold. Must not know Ray, other roles, checkpoints or weight sync.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from trace_rl.batch import TokenStatistics, TrainingBatch, TrainingSequence
+from trace_rl.config.roles import LearnerSettings
+from trace_rl.errors import TrainingError
+from trace_rl.packing import MicroBatch, Plan, num_tokens, pack, padded_tokens, plan_micro_batches, split_minibatches
+from trace_rl.token_loss import LossParts, Objective, entropy, routed_rows, target_logprobs, token_loss
+
+if TYPE_CHECKING:
+    import deepspeed
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one rank saw in a training step."""
+
+    sums: dict[str, float]
+    """Metric sums over this rank's tokens (names ending in `_max`: maxima)."""
+    grad_norms: list[float]
+    """Global norm before clipping, per optimizer step; the same on every rank."""
+    learning_rate: float
+    num_micro_batches: int
+    padding_frac: float
+
+
+class BatchRunner:
+    """Runs batches on one rank's engine; every method is collective.
+
+    Args:
+        ranks: this rank and the number of ranks.
+    """
+
+    def __init__(
+        self,
+        engine: deepspeed.DeepSpeedEngine,
+        settings: LearnerSettings,
+        objective: Objective,
+        ranks: tuple[int, int],
+        device: torch.device,
+    ) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._objective = objective
+        self._rank, self._world_size = ranks
+        self._device = device
+        self._teacher_head: Tensor | None = None
+
+    def set_teacher_head(self, head: Float[Tensor, "vocab hidden"]) -> None:
+        """Keep the output head that the teacher's states of the coming batches belong to."""
+        self._teacher_head = head
+
+    def train_step(self, batch: TrainingBatch) -> StepReport:
+        """Take the optimizer steps of one global batch.
+
+        Raises:
+            TrainingError: a loss or gradient is not finite, or the batch does not fit what the rank has been given.
+        """
+        self._check_batch(batch)
+        parts = split_minibatches(batch.sequences, self._settings.minibatches_per_step)
+        plans = [self._plan(part) for part in parts]
+        mine = [self._pack(part, plan) for part, plan in zip(parts, plans, strict=True)]
+        old = [[self.logprobs(m) for m in part] if len(parts) > 1 else [None] * len(part) for part in mine]
+        learning_rate = float(self._engine.get_lr()[0])
+        sums: dict[str, float] = {}
+        norms = []
+        for number, part in enumerate(mine):
+            where = f"step {batch.step}" + (f", minibatch {number}" if len(parts) > 1 else "")
+            norms.append(self._optimizer_step(part, old[number], len(parts), sums, where))
+        lengths = [[num_tokens(sequence) for sequence in part] for part in parts]
+        num_padded = sum(padded_tokens(plan, part) for plan, part in zip(plans, lengths, strict=True))
+        return StepReport(
+            sums=sums,
+            grad_norms=norms,
+            learning_rate=learning_rate,
+            num_micro_batches=sum(len(part) for part in mine),
+            padding_frac=1 - sum(map(sum, lengths)) / num_padded,
+        )
+
+    def score(self, batch: TrainingBatch) -> list[TokenStatistics]:
+        """What this rank's sequences say of the rows of routes, under the weights as they are; no gradient."""
+        self._check_batch(batch)
+        plan = self._plan(batch.sequences)
+        found: list[TokenStatistics] = []
+        for indices in plan[self._rank]:
+            sequences = [batch.sequences[index] for index in indices]
+            with torch.no_grad():
+                by_route = self._engine(pack(sequences).to(self._device), self._statistics)
+            for route, values in by_route.items():
+                found += _split_by_sequence(sequences, route, values)
+        return found
+
+    def gradient_parts(self, batch: TrainingBatch) -> dict[str, float]:
+        """Norms of the gradients of the policy-gradient and the routed part of the loss, and the cosine between them.
+
+        Takes two float32 copies of the gradient; not for ZeRO-3, whose parameters are never whole.
+        """
+        self._check_batch(batch)
+        parameters = [parameter for parameter in self._engine.module.parameters() if parameter.requires_grad]
+        policy, routed = (
+            [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters] for _ in range(2)
+        )
+        for micro_batch in self._pack(batch.sequences, self._plan(batch.sequences)):
+            parts, _ = self._engine(micro_batch.to(self._device), self._loss(None))
+            for total, loss in ((policy, parts.policy), (routed, parts.routed)):
+                if loss.requires_grad:
+                    # retained for the second part; what a micro-batch leaves is freed with its last reference
+                    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+                    for into, gradient in zip(total, gradients, strict=True):
+                        if gradient is not None:
+                            into += gradient
+        for gradient in (*policy, *routed):
+            torch.distributed.all_reduce(gradient)
+        dots = [
+            sum(float((a * b).sum(dtype=torch.float64)) for a, b in zip(left, right, strict=True))
+            for left, right in ((policy, policy), (routed, routed), (policy, routed))
+        ]
+        norms = float(np.sqrt(dots[0])), float(np.sqrt(dots[1]))
+        return {
+            "policy_grad_norm": norms[0],
+            "routed_grad_norm": norms[1],
+            "cosine": dots[2] / (norms[0] * norms[1]) if min(norms) > 0 else 0.0,
+        }
+
+    def logprobs(self, micro_batch: MicroBatch, temperature: float | None = None) -> Float[Tensor, " row"]:
+        """Log-probs of the response tokens under the weights as they are; by default at the sampling temperature."""
+        scale = self._objective.sampling_temperature if temperature is None else temperature
+        with torch.no_grad():
+            return self._engine(
+                micro_batch.to(self._device), lambda logits, packed: target_logprobs(logits, packed.rows.targets, scale)
+            )
+
+    def _plan(self, sequences: Sequence[TrainingSequence]) -> Plan:
+        lengths = [num_tokens(sequence) for sequence in sequences]
+        return plan_micro_batches(lengths, self._settings.max_tokens_per_micro_batch, self._world_size)
+
+    def _pack(self, sequences: Sequence[TrainingSequence], plan: Plan) -> list[MicroBatch]:
+        return [pack([sequences[index] for index in indices]) for indices in plan[self._rank]]
+
+    def _optimizer_step(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        old_logprobs: Sequence[Tensor | None],
+        num_minibatches: int,
+        sums: dict[str, float],
+        where: str,
+    ) -> float:
+        """Accumulate the micro-batches and step; adds their metric sums to `sums`, returns the gradient norm.
+
+        The weights of a batch add up to one mean over all of it; a minibatch is scaled up to estimate that mean.
+        """
+        from trace_rl.workers import deepspeed_engine
+
+        for number, (micro_batch, old) in enumerate(zip(micro_batches, old_logprobs, strict=True)):
+            parts, terms = self._engine(micro_batch.to(self._device), self._loss(old))
+            loss = parts.total
+            self._check_loss(loss, f"{where}, micro-batch {number}")
+            is_last = number == len(micro_batches) - 1
+            deepspeed_engine.accumulate(self._engine, loss * num_minibatches, is_last)
+            merge_sums(sums, {name: float(value) for name, value in terms.items()})
+        norm = deepspeed_engine.optimizer_step(self._engine)
+        if not np.isfinite(norm):
+            raise TrainingError(
+                f"{where}: the gradient norm is not finite although every loss was; the optimizer step was not taken"
+            )
+        return norm
+
+    def _loss(self, old_logprobs: Tensor | None) -> Any:
+        def loss(logits: Tensor, micro_batch: MicroBatch) -> tuple[LossParts, dict[str, Tensor]]:
+            teacher = self._teacher_logits(logits, micro_batch)
+            return token_loss(logits, micro_batch.rows, self._objective, teacher, old_logprobs)
+
+        return loss
+
+    def _statistics(self, logits: Tensor, micro_batch: MicroBatch) -> dict[int, dict[str, Tensor]]:
+        """By route: entropy of the policy, divergence, and log-probs of the tokens on both sides, per row."""
+        rows, teacher = micro_batch.rows, self._teacher_logits(logits, micro_batch)
+        ratio = logits.new_ones(len(rows.targets))
+        found = {}
+        for route in self._objective.routes:
+            mine = rows.route_index == route.index
+            routed = routed_rows(logits, rows, route, mine, teacher, ratio)
+            scale = self._objective.sampling_temperature
+            found[route.index] = {
+                "policy_entropy": entropy(routed.policy_logits / scale),
+                "divergence": route.ranking.terms(routed).unclipped,
+                "policy_logprobs": target_logprobs(routed.policy_logits, routed.targets, route.temperature),
+                "teacher_logprobs": target_logprobs(routed.teacher_logits, routed.targets, route.temperature)
+                if len(routed.teacher_logits)
+                else logits.new_zeros(0),
+            }
+        return found
+
+    def _teacher_logits(self, logits: Float[Tensor, "row vocab"], micro_batch: MicroBatch) -> Tensor:
+        if not len(micro_batch.teacher_hidden):
+            return logits.new_zeros(0, logits.shape[-1])
+        assert self._teacher_head is not None
+        return micro_batch.teacher_hidden.to(self._teacher_head.dtype) @ self._teacher_head.T
+
+    def _check_batch(self, batch: TrainingBatch) -> None:
+        if not batch.sequences:
+            raise TrainingError(f"step {batch.step}: the batch holds no sequence; nothing can be trained on")
+        if any(len(s.teacher_hidden) for s in batch.sequences) and self._teacher_head is None:
+            raise TrainingError(
+                f"step {batch.step}: the batch has routed tokens, but the learner was given no teacher head; call "
+                "set_teacher_head after each refresh of the teacher"
+            )
+
+    def _check_loss(self, loss: Tensor, where: str) -> None:
+        """Fail on every rank when the loss is not finite on one, before any of them enters the backward pass."""
+        flags = torch.zeros(self._world_size, device=self._device)
+        flags[self._rank] = float(not torch.isfinite(loss))
+        torch.distributed.all_reduce(flags)
+        if flags.any():
+            ranks = ", ".join(str(rank) for rank in flags.nonzero().flatten().tolist())
+            raise TrainingError(
+                f"{where}: the loss is not finite on learner rank {ranks}; the optimizer step was not taken"
+            )
+
+
+def merge_sums(total: dict[str, float], other: dict[str, float]) -> None:
+    """Add metric sums in place; names ending in `_max` combine by maximum."""
+    for name, value in other.items():
+        combine = max if name.endswith("_max") else operator.add
+        total[name] = combine(total[name], value) if name in total else value
+
+
+def _split_by_sequence(
+    sequences: Sequence[TrainingSequence], route: int, values: dict[str, Tensor]
+) -> list[TokenStatistics]:
+    """Cut a route's rows of a micro-batch at the borders of its sequences; those without such rows are left out."""
+    counts = [int((sequence.route_index == route).sum()) for sequence in sequences]
+    cuts = np.cumsum(counts)[:-1]
+    parts = {
+        name: np.split(value.cpu().numpy(), cuts if len(value) else [0] * len(cuts)) for name, value in values.items()
+    }
+    return [
+        TokenStatistics(sequence.key, route, **{name: part[number] for name, part in parts.items()})
+        for number, sequence in enumerate(sequences)
+        if counts[number]
+    ]
