@@ -13,6 +13,7 @@ from trace_rl.workers import environment
 
 environment.apply()
 environment.protect_private_ray()
+sys.path.append(str(Path(__file__).parent))  # tests import learner_harness
 
 
 @pytest.fixture(scope="session")
@@ -29,11 +30,31 @@ def local_ray(request: pytest.FixtureRequest) -> Iterator[None]:
         log_to_driver=False,
         _temp_dir=folder,
     )
-    for name in {item.module.__name__ for item in request.session.items if isinstance(item, pytest.Function)}:
-        ray.cloudpickle.register_pickle_by_value(sys.modules[name])  # workers cannot import test modules
+    names = {item.module.__name__ for item in request.session.items if isinstance(item, pytest.Function)}
+    for name in names | ({"learner_harness"} & sys.modules.keys()):
+        ray.cloudpickle.register_pickle_by_value(sys.modules[name])  # workers cannot import modules of tests
     yield
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def groups(local_ray: None) -> Iterator[dict[int, Any]]:
+    """Learner processes by world size (`learner_harness.Group`), kept through a module."""
+    from learner_harness import Group
+
+    started = {1: Group(1), 2: Group(2)}
+    yield started
+    for group in started.values():
+        group.close()
+
+
+@pytest.fixture(scope="session")
+def model_path(build_tiny_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a tiny model whose head is its embedding."""
+    folder = tmp_path_factory.mktemp("tied")
+    build_tiny_model(folder, tied=True)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

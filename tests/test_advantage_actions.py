@@ -175,7 +175,7 @@ def test_ktae_gives_nothing_to_the_token_that_ends_a_completion(finish: FinishRe
 
 
 def test_ktae_matches_the_pure_function_position_by_position() -> None:
-    group = random_group(0)
+    group = random_group(3)
     completions = [item.graded for item in group[0].member.group]
     ends = {graded.rollout.token_ids[-1] for graded in completions}
     values = token_values(

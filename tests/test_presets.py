@@ -101,7 +101,7 @@ def shared(local_ray: None) -> Iterator[Shared]:
 
 @pytest.fixture(scope="module")
 def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher that is not the policy: the base model with a little noise on its weights."""
+    """A teacher that is not the policy: the base model with noise on its weights."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -110,7 +110,7 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter) * parameter.std())
+            parameter.add_(0.3 * torch.randn_like(parameter) * parameter.std())
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(base_model_path()).save_pretrained(folder)
     return folder
@@ -158,7 +158,7 @@ def check_metrics(config: RunConfig, records: list[dict[str, float]]) -> None:
     for record in records:
         assert all(np.isfinite(value) for value in record.values()), record
         assert record["sync/canary_gap_max_nats"] <= 1e-3
-        if config.sampling.source == "policy":
+        if config.sampling.source == "policy" and config.sampling.top_p == 1:  # the learner does not truncate
             assert record["mismatch/logprob_gap_max_nats"] <= 1e-3
     for name in config.algorithm.routes:
         assert any(record[f"route/{name}/selected_frac"] > 0 for record in records), name

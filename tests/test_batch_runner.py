@@ -1,0 +1,219 @@
+"""Ranks of the learner on real DeepSpeed engines, against plain torch."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from learner_harness import (
+    BATCHES,
+    Group,
+    Weights,
+    batch,
+    gap,
+    load,
+    reference,
+    run_config,
+    with_advantage,
+)
+
+from trace_rl.errors import ConfigError, TrainingError
+from trace_rl.workers.learner import learner_spec
+
+pytestmark = pytest.mark.engine
+
+TOLERANCE = 1e-6
+
+
+@pytest.fixture(scope="module")
+def untied_path(build_tiny_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("untied")
+    build_tiny_model(folder, tied=False)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def expected(model_path: str) -> tuple[Weights, list[float], list[float]]:
+    return reference(model_path, BATCHES)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_steps_equal_plain_torch(
+    groups: dict[int, Group], model_path: str, expected: Any, world_size: int, zero_stage: int
+) -> None:
+    weights, losses, norms = expected
+    spec = learner_spec(run_config(model_path, world_size=world_size, zero_stage=zero_stage))
+    group = groups[world_size].build(spec)
+    found = [group.loss(item) for item in BATCHES[:1]]
+    assert found == pytest.approx(losses[:1], abs=TOLERANCE)
+    report = group.train(BATCHES[1:])[0]
+    assert report.grad_norms == pytest.approx(norms[1:], rel=1e-5)
+    assert norms[1] > 0.5  # the clip was at work
+    assert report.num_micro_batches > 1
+    assert gap(group.weights(), weights) <= TOLERANCE
+
+
+def test_the_split_into_micro_batches_changes_nothing(groups: dict[int, Group], model_path: str, expected: Any) -> None:
+    group = groups[1].build(learner_spec(run_config(model_path, max_tokens_per_micro_batch=4000)))
+    assert group.train(BATCHES)[0].num_micro_batches == 1
+    assert gap(group.weights(), expected[0]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_gradient_checkpointing_changes_nothing(
+    groups: dict[int, Group], model_path: str, expected: Any, zero_stage: int
+) -> None:
+    config = run_config(model_path, world_size=2, zero_stage=zero_stage, gradient_checkpointing=True)
+    group = groups[2].build(learner_spec(config))
+    group.train(BATCHES)
+    assert gap(group.weights(), expected[0]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_a_rank_without_sequences_keeps_step(groups: dict[int, Group], model_path: str, zero_stage: int) -> None:
+    single = [batch(5, num_sequences=1, is_routed=False), batch(6, num_sequences=1)]
+    group = groups[2].build(learner_spec(run_config(model_path, world_size=2, zero_stage=zero_stage)))
+    group.train(single)
+    assert gap(group.weights(), reference(model_path, single)[0]) <= TOLERANCE
+
+
+def test_untied_head_is_trained_under_zero_3(groups: dict[int, Group], untied_path: str) -> None:
+    group = groups[2].build(learner_spec(run_config(untied_path, world_size=2, zero_stage=3)))
+    group.train(BATCHES)
+    weights = group.weights()
+    assert "lm_head.weight" in weights
+    assert gap(weights, reference(untied_path, BATCHES)[0]) <= TOLERANCE
+
+
+def test_minibatches_compare_with_the_policy_before_the_first_step(groups: dict[int, Group], model_path: str) -> None:
+    config = run_config(model_path, world_size=2, zero_stage=2, minibatches_per_step=2)
+    group = groups[2].build(learner_spec(config))
+    first, second = BATCHES
+    weights, losses, norms = reference(model_path, BATCHES, num_minibatches=2)
+    assert group.loss(first) == pytest.approx(losses[0], abs=TOLERANCE)
+    assert group.train([second])[0].grad_norms == pytest.approx(norms[2:], rel=1e-5)
+    assert gap(group.weights(), weights) <= TOLERANCE
+
+
+def test_without_routed_rows_a_run_is_bit_identical_to_one_without_routes(
+    groups: dict[int, Group], model_path: str
+) -> None:
+    plain = [batch(step, is_routed=False) for step in range(3)]
+    results = []
+    for routes in (True, False):
+        group = groups[1].build(learner_spec(run_config(model_path, routes=routes)))
+        group.train(plain)
+        results.append(group.weights())
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    group.train([batch(3, is_routed=False)])
+    assert gap(results[0], group.weights()) > 1e-5  # the comparison can fail
+
+
+def test_canary_logprobs_are_the_models(groups: dict[int, Group], model_path: str) -> None:
+    model = load(model_path)
+    sequences = [(3, 7, 11, 200), (5, 6), (299, 1, 0, 44, 2, 9)]
+    group = groups[2].build(learner_spec(run_config(model_path, world_size=2, zero_stage=3)))
+    found = group.all("call", "canary_logprobs", sequences)[0]
+    for ids, logprobs in zip(sequences, found, strict=True):
+        with torch.no_grad():
+            rows = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        assert logprobs == pytest.approx([float(rows[t, ids[t + 1]]) for t in range(len(ids) - 1)], abs=1e-5)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_bfloat16_keeps_float32_master_weights(groups: dict[int, Group], model_path: str, zero_stage: int) -> None:
+    # One update of at most 4e-4 is under half a bfloat16 ulp of weights above 0.25 (2^-9 / 2 = 1e-3): it is lost when
+    # weights are kept in bfloat16, and comes through after some steps when a float32 copy adds updates up.
+    optimizer = {"learning_rate": 4e-4, "epsilon": 1e-8, "max_grad_norm": 100.0}
+    config = run_config(model_path, dtype="bfloat16", zero_stage=zero_stage, optimizer=optimizer)
+    group = groups[1].build(learner_spec(config))
+    seen = [group.weights()]
+    for count in (1, 5):
+        group.train([BATCHES[0]] * count)
+        seen.append(group.weights())
+    name = "model.embed_tokens.weight"
+    large = seen[0][name].abs() > 0.26
+    assert seen[0][name].dtype == torch.bfloat16 and large.sum() > 1000
+    assert torch.equal(seen[0][name][large], seen[1][name][large])
+    assert (seen[1][name][large] != seen[2][name][large]).float().mean() > 0.1
+
+
+def test_learning_rate_follows_the_schedule(groups: dict[int, Group], model_path: str) -> None:
+    # Warm-up of 2 of 4 steps to 1e-3, then linear to 0 over the remaining 2.
+    schedule = {"type": "linear", "warmup_steps": 2}
+    group = groups[1].build(learner_spec(run_config(model_path, steps=4, schedule=schedule)))
+    rates = [report.learning_rate for report in group.train([BATCHES[0]] * 4)]
+    assert rates == pytest.approx([0.0, 5e-4, 1e-3, 5e-4])
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_a_gradient_that_is_not_finite_changes_no_weight(
+    groups: dict[int, Group], model_path: str, zero_stage: int
+) -> None:
+    # ratio = 1, so the loss is -1e38 times a weight: finite; its gradient, summed over ranks and tokens, is not.
+    huge = with_advantage(BATCHES[1], 0, 1e38, weight=1 / 8)
+    huge = with_advantage(huge, 2, 1e38, weight=1 / 8)
+    group = groups[2].build(learner_spec(run_config(model_path, world_size=2, zero_stage=zero_stage)))
+    group.train(BATCHES[:1])
+    before = group.weights()
+    with pytest.raises(TrainingError, match="step 1: the gradient norm is not finite"):
+        group.train([huge])
+    assert gap(before, group.weights()) == 0.0
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_of_them(groups: dict[int, Group], model_path: str) -> None:
+    import ray
+
+    broken = with_advantage(BATCHES[1], 0, float("nan"))
+    group = groups[2].build(learner_spec(run_config(model_path, world_size=2, zero_stage=2)))
+    before = group.weights()
+    calls = [actor.call.remote("train_step", broken) for actor in group.actors]
+    for call in calls:
+        with pytest.raises(
+            TrainingError, match=r"step 1, micro-batch \d: the loss is not finite on learner rank [01];"
+        ):
+            ray.get(call, timeout=60)
+    assert gap(before, group.weights()) == 0.0
+    for method, argument in (("send_weights", 2), ("save", "unused"), ("train_step", BATCHES[0])):
+        with pytest.raises(TrainingError, match="a training step failed before"):
+            group.all("call", method, argument)
+
+
+def test_weights_that_are_not_finite_are_noticed(groups: dict[int, Group], model_path: str) -> None:
+    group = groups[1].build(learner_spec(run_config(model_path)))
+    group.all("set_nan")
+    with pytest.raises(TrainingError, match="loss is not finite"):
+        group.train(BATCHES[:1])
+
+
+def test_routed_tokens_need_a_teacher_head(groups: dict[int, Group], model_path: str) -> None:
+    group = groups[1]
+    group.all("build", learner_spec(run_config(model_path)), group._address)
+    with pytest.raises(TrainingError, match="no teacher head"):
+        group.train(BATCHES[:1])
+
+
+@pytest.mark.parametrize(("world_size", "zero_stage"), [(1, 0), (1, 1), (1, 2), (2, 0), (2, 2), (2, 3)])
+def test_an_interrupted_run_goes_on_bit_identically(
+    groups: dict[int, Group], model_path: str, tmp_path: Path, world_size: int, zero_stage: int
+) -> None:
+    schedule = {"type": "cosine", "warmup_steps": 1}
+    spec = learner_spec(run_config(model_path, world_size=world_size, zero_stage=zero_stage, schedule=schedule))
+    group = groups[world_size].build(spec)
+    group.train(BATCHES)
+    group.all("call", "save", str(tmp_path))
+    group.train([batch(2), batch(3)])
+    uninterrupted = group.weights()
+    group.build(spec)
+    group.all("call", "load", str(tmp_path))
+    reports = group.train([batch(2), batch(3)])
+    resumed = group.weights()
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in resumed)
+    assert 0 < reports[0].learning_rate < 1e-3
+
+
+def test_zero_0_with_bfloat16_is_refused(model_path: str) -> None:
+    with pytest.raises(ConfigError, match="zero_stage to 1"):
+        learner_spec(run_config(model_path, dtype="bfloat16", zero_stage=0))
