@@ -8,16 +8,24 @@ import pytest
 import torch
 from learner_harness import (
     BATCHES,
+    ROUTE_TEMPERATURE,
+    TEMPERATURE,
     Group,
     Weights,
     batch,
+    divergence,
     gap,
     load,
+    of_tokens,
     reference,
+    reference_parts,
     run_config,
+    sequence_logits,
+    teacher_logits,
     with_advantage,
 )
 
+from trace_rl.batch import TrainingBatch
 from trace_rl.errors import ConfigError, TrainingError
 from trace_rl.workers.learner import learner_spec
 
@@ -217,3 +225,89 @@ def test_an_interrupted_run_goes_on_bit_identically(
 def test_zero_0_with_bfloat16_is_refused(model_path: str) -> None:
     with pytest.raises(ConfigError, match="zero_stage to 1"):
         learner_spec(run_config(model_path, dtype="bfloat16", zero_stage=0))
+
+
+@pytest.mark.parametrize(("world_size", "zero_stage"), [(1, 0), (1, 2), (2, 0), (2, 1), (2, 2), (2, 3)])
+def test_scores_are_those_of_a_direct_computation(
+    groups: dict[int, Group], model_path: str, world_size: int, zero_stage: int
+) -> None:
+    group = groups[world_size].build(learner_spec(run_config(model_path, world_size=world_size, zero_stage=zero_stage)))
+    before = group.weights()
+    found = [item for rank in group.all("call", "score", BATCHES[0]) for item in rank]
+    model = load(model_path)
+    expected = {s.key: s for s in BATCHES[0].sequences if len(s.route_positions)}
+    assert sorted(item.key for item in found) == sorted(expected)  # each once, whichever rank had it
+    for item in found:
+        sequence = expected[item.key]
+        assert {item.route} == set(sequence.route_index)
+        rows = range(len(sequence.route_positions))
+        tokens = [sequence.token_ids[position] for position in sequence.route_positions]
+        with torch.no_grad():
+            logits = sequence_logits(model, sequence)
+            at_sampling = (logits[sequence.route_positions] / TEMPERATURE).log_softmax(-1)
+            own = of_tokens(logits, sequence, ROUTE_TEMPERATURE)[sequence.route_positions]
+            divergences = [float(divergence(logits, sequence, row)) for row in rows]
+        taught = [(teacher_logits(sequence, row) / ROUTE_TEMPERATURE).log_softmax(-1)[tokens[row]] for row in rows]
+        entropies = -(at_sampling.exp() * at_sampling).sum(-1)
+        assert item.policy_entropy.tolist() == pytest.approx(entropies.tolist(), abs=1e-5)
+        assert item.divergence.tolist() == pytest.approx(divergences, abs=1e-5)
+        assert item.policy_logprobs.tolist() == pytest.approx(own.tolist(), abs=1e-5)
+        assert item.teacher_logprobs.tolist() == pytest.approx([float(value) for value in taught], abs=1e-5)
+    assert all(torch.equal(before[name], weight) for name, weight in group.weights().items())
+
+
+def test_a_rank_without_sequences_scores_nothing(groups: dict[int, Group], model_path: str) -> None:
+    config = run_config(model_path, dtype="bfloat16", world_size=2, zero_stage=2)
+    group = groups[2].build(learner_spec(config))
+    found = group.all("call", "score", TrainingBatch(0, 0, BATCHES[0].sequences[1:2]))
+    assert [len(part) for part in found] == [1, 0]
+    assert found[0][0].divergence.shape == (2,)
+
+
+def reference_gradient_parts(model_path: str, item: TrainingBatch) -> dict[str, float]:
+    """The two parts of the gradient by plain torch."""
+    model = load(model_path)
+    parts = [sum(each) for each in zip(*(reference_parts(model, s) for s in item.sequences), strict=True)]
+    flat = []
+    for part in parts:
+        model.zero_grad()
+        part.backward(retain_graph=True)
+        flat.append(torch.cat([parameter.grad.double().flatten() for parameter in model.parameters()]))
+    norms = [float(each.norm()) for each in flat]
+    cosine = float(flat[0] @ flat[1]) / (norms[0] * norms[1])
+    return {"policy_grad_norm": norms[0], "routed_grad_norm": norms[1], "cosine": cosine}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "zero_stage", "checkpointing"),
+    [(1, 0, False), (1, 2, True), (2, 0, False), (2, 1, False), (2, 2, False), (2, 2, True)],
+)
+def test_gradient_parts_are_those_of_plain_autograd_and_leave_no_trace(
+    groups: dict[int, Group], model_path: str, world_size: int, zero_stage: int, checkpointing: bool
+) -> None:
+    spec = learner_spec(
+        run_config(model_path, world_size=world_size, zero_stage=zero_stage, gradient_checkpointing=checkpointing)
+    )
+    group = groups[world_size].build(spec)
+    untouched = group.train(BATCHES)
+    expected_weights = group.weights()
+
+    group.build(spec)
+    found = group.all("call", "gradient_parts", BATCHES[0])
+    expected = reference_gradient_parts(model_path, BATCHES[0])
+    assert expected["policy_grad_norm"] > 1e-3 < expected["routed_grad_norm"] and abs(expected["cosine"]) > 1e-3
+    for part in found:  # the same on every rank
+        assert part == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    reports = group.train(BATCHES[:1])
+    group.all("call", "gradient_parts", BATCHES[1])
+    reports += group.train(BATCHES[1:])
+    assert [report.grad_norms for report in reports] == [report.grad_norms for report in untouched]
+    assert all(torch.equal(expected_weights[name], weight) for name, weight in group.weights().items())
+
+
+def test_gradient_parts_without_routed_rows(groups: dict[int, Group], model_path: str) -> None:
+    plain = batch(0, is_routed=False)
+    group = groups[2].build(learner_spec(run_config(model_path, world_size=2)))
+    (found, _), (report, *_) = group.all("call", "gradient_parts", plain), group.train([plain])
+    assert found["policy_grad_norm"] == pytest.approx(report.grad_norms[0], rel=1e-5)
+    assert found["routed_grad_norm"] == found["cosine"] == 0.0

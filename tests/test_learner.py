@@ -73,6 +73,15 @@ def test_driver_exports_and_sends_full_weights(learner: tuple[DeepSpeedLearner, 
     assert_same(weights, start)
 
 
+def test_driver_collects_the_scores_of_all_ranks(learner: tuple[DeepSpeedLearner, Path]) -> None:
+    source, _ = learner
+    scored = {item.key: item for item in source.score(BATCHES[0])}
+    assert {key: len(item.divergence) for key, item in scored.items()} == {
+        s.key: len(s.route_positions) for s in BATCHES[0].sequences if len(s.route_positions)
+    }
+    assert source.gradient_parts(BATCHES[0]) == {}  # ZeRO-3
+
+
 def test_driver_reports_metrics_over_all_ranks(learner: tuple[DeepSpeedLearner, Path], model_path: str) -> None:
     source, _ = learner
     metrics = source.train_step(BATCHES[0])

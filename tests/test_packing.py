@@ -1,4 +1,7 @@
+"""Micro-batches: which sequences share one, and where each of their tokens lies."""
+
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,18 +17,20 @@ LENGTHS = st.lists(st.integers(2, 40), max_size=30)
 
 
 def sequence(prompt: list[int], response: list[int], routed: list[int], name: str = "p", advantage: float = 1.0):
-    time = len(response)
+    """The routed positions take route 0 with a teacher's state each."""
+    time, rows = len(response), len(routed)
     return TrainingSequence(
         key=RolloutKey(name, 0),
         prompt_token_ids=tuple(prompt),
         token_ids=tuple(response),
         rollout_logprobs=-np.arange(1.0, time + 1),
-        advantage=advantage,
+        advantages=np.full(time, advantage),
         pg_weight=np.full(time, 0.25),
-        kl_positions=np.array(routed, dtype=np.int64),
-        kl_route=np.zeros(len(routed), dtype=np.int64),
-        kl_weight=np.full(len(routed), 0.5),
-        teacher_hidden=np.array([[10.0 * t, 1.0] for t in routed]).reshape(len(routed), 2 if routed else 0),
+        route_positions=np.array(routed, dtype=np.int64),
+        route_index=np.zeros(rows, dtype=np.int64),
+        route_weight=np.full(rows, 0.5),
+        teacher_row=np.arange(rows),
+        teacher_hidden=np.array([[10.0 * t, 1.0] for t in routed]).reshape(rows, 2 if routed else 0),
     )
 
 
@@ -38,10 +43,51 @@ def test_pack_by_hand() -> None:
     assert packed.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 2
     assert packed.row_index.tolist() == [1, 2, 5, 6, 7, 8]
     assert packed.rows.targets.tolist() == [1, 2, 3, 4, 5, 6]
+    assert packed.rows.sequence.tolist() == [0, 0, 1, 1, 1, 1] and packed.rows.num_sequences == 2
     assert packed.rows.advantages.tolist() == [-1, -1, 1, 1, 1, 1]
     assert packed.rows.rollout_logprobs.tolist() == [-1, -2, -1, -2, -3, -4]
-    assert packed.rows.kl_row.tolist() == [1, 2, 5]
+    assert packed.rows.route_row.tolist() == [1, 2, 5]
+    assert packed.rows.route_index.tolist() == [0, 0, 0] and packed.rows.route_weight.tolist() == [0.5] * 3
+    assert packed.rows.teacher_row.tolist() == [0, 1, 2]
     assert packed.teacher_hidden.tolist() == [[10, 1], [0, 1], [30, 1]]
+
+
+def test_rows_of_several_routes_share_states_or_have_none() -> None:
+    # First: token 0 takes routes 0 and 1, which share one state, and token 1 takes route 2, which reads no teacher.
+    # Second: one row with the second of its two states; the states of the first come before it.
+    first = replace(
+        sequence([7], [1, 2], []),
+        route_positions=np.array([0, 0, 1]),
+        route_index=np.array([0, 1, 2]),
+        route_weight=np.array([0.5, 0.25, 0.125]),
+        teacher_row=np.array([0, 0, -1]),
+        teacher_hidden=np.array([[4.0, 5.0]]),
+    )
+    second = replace(sequence([7], [1, 2], [0, 1]), route_positions=np.array([1]), teacher_row=np.array([1]),
+                     route_index=np.array([0]), route_weight=np.array([0.5]))  # fmt: skip
+    rows = pack([first, sequence([9], [3], []), second]).rows
+    assert rows.route_row.tolist() == [0, 0, 1, 4]  # 2 + 1 tokens before those of the last one
+    assert rows.route_index.tolist() == [0, 1, 2, 0]
+    assert rows.route_weight.tolist() == [0.5, 0.25, 0.125, 0.5]
+    assert rows.teacher_row.tolist() == [0, 0, -1, 2]
+
+
+def test_constants_are_float32_and_change_precision_together() -> None:
+    rows = pack([sequence([7, 8], [1, 2], [1])]).rows
+    precise = rows.to(torch.float64)
+    for name, value in vars(rows).items():
+        if isinstance(value, torch.Tensor):
+            is_real = value.is_floating_point()
+            assert value.dtype == (torch.float32 if is_real else torch.long), name
+            assert getattr(precise, name).dtype == (torch.float64 if is_real else torch.long), name
+    assert precise.num_sequences == 1
+    assert torch.equal(rows.to(torch.device("cpu")).advantages, rows.advantages)
+
+
+def test_log_probs_that_are_unknown_stay_so() -> None:
+    unknown = replace(sequence([7], [1, 2], []), rollout_logprobs=np.full(2, np.nan, dtype=np.float32))
+    rows = pack([unknown, sequence([7], [1], [])]).rows
+    assert rows.rollout_logprobs.isnan().tolist() == [True, True, False]
 
 
 def test_the_state_that_predicts_a_token_precedes_it() -> None:
@@ -54,7 +100,7 @@ def test_empty_pack_has_one_token_and_no_rows() -> None:
     packed = pack([])
     assert packed.input_ids.shape == (1, 1) and packed.attention_mask.item() == 1
     assert packed.row_index.numel() == packed.rows.targets.numel() == packed.teacher_hidden.numel() == 0
-    assert packed.row_index.dtype == packed.rows.kl_row.dtype == torch.long
+    assert packed.row_index.dtype == packed.rows.route_row.dtype == torch.long
 
 
 def test_plan_by_hand() -> None:

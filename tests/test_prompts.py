@@ -6,9 +6,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trace_rl.batch import AnnotatedRollout, GradedRollout, Prompt, Rollout, RoutedRollout, Span
-from trace_rl.config.roles import Teacher
-from trace_rl.prompts import PromptEncoder, derive_seed, privileged_question, render, student_messages
+from trace_rl.batch import (
+    AnnotatedRollout,
+    GradedRollout,
+    GroupMember,
+    Prompt,
+    Rollout,
+    RoutedRollout,
+    RoutedTokens,
+    Span,
+)
+from trace_rl.contexts import Context
+from trace_rl.errors import ModelError
+from trace_rl.prompts import PromptEncoder, TeacherView, check_pair, derive_seed, render, student_messages
 
 PROMPT = Prompt("p/1", "What is {x} + 1?", "7", "x is 6, so 6 + 1 = 7.")
 BARE = Prompt("p/2", "What is 2 + 2?", "4")
@@ -36,31 +46,18 @@ def text_of(ids: Sequence[int]) -> str:
     return "".join(chr(i) for i in ids)
 
 
-def encoder(context: str = "type_label", system: str = "", **settings: Any) -> PromptEncoder:
+def encoder(system: str = "", tokenizer: Any = None, **settings: Any) -> PromptEncoder:
     kwargs = settings.pop("chat_template_kwargs", {})
-    return PromptEncoder(CharTokenizer(), system, kwargs, Teacher(context=context, **settings))
+    return PromptEncoder(tokenizer or CharTokenizer(), system, kwargs, **settings)
+
+
+def view(context: object = "type_label", *routes: int) -> TeacherView:
+    return TeacherView(Context.model_validate(context), 1.0, frozenset(routes or (0,)), frozenset({"states"}))
 
 
 def test_the_system_turn_is_there_only_when_it_says_something() -> None:
     assert student_messages("q") == [{"role": "user", "content": "q"}]
     assert student_messages("q", "be brief")[0] == {"role": "system", "content": "be brief"}
-
-
-def test_a_type_label_names_types_and_nothing_else() -> None:
-    text = privileged_question(PROMPT, "type_label", ["case_analysis", "final"])
-    assert text == "What is {x} + 1?\nTake care with: case analysis, final."
-    assert PROMPT.solution not in text
-    assert "7" not in text
-
-
-def test_where_there_is_nothing_to_add_the_teacher_sees_the_question() -> None:
-    assert privileged_question(PROMPT, "type_label", []) == PROMPT.question
-    assert privileged_question(PROMPT, "none", ["final"]) == PROMPT.question
-
-
-def test_the_reference_is_the_solution_or_else_the_answer() -> None:
-    assert PROMPT.solution in privileged_question(PROMPT, "reference", [])
-    assert "Reference solution:\n4\n" in privileged_question(BARE, "reference", [])
 
 
 def test_rendering_ends_with_the_assistants_turn_and_passes_arguments_on() -> None:
@@ -72,18 +69,18 @@ def test_both_sides_differ_in_the_users_text_only() -> None:
     both = encoder(system="be brief", chat_template_kwargs={"thinking": True})
     head, tail = "<system>be brief<user>What is {x} + 1?", "<assistant><think>"
     assert text_of(both.student_ids(PROMPT)) == head + tail
-    assert text_of(both.teacher_ids(PROMPT, ["final"])) == f"{head}\nTake care with: final.{tail}"
+    labelled = routed([1], Span(0, 1, "key", "final")).member
+    assert text_of(both.teacher_ids(labelled, view().context)) == f"{head}\nTake care with: final.{tail}"
 
 
 def test_a_teacher_without_context_has_the_students_prompt() -> None:
-    assert encoder("none").teacher_ids(PROMPT, ["final"]) == encoder("none").student_ids(PROMPT)
+    assert encoder().teacher_ids(routed([1]).member, Context()) == encoder().student_ids(PROMPT)
 
 
-def test_the_wording_can_be_replaced_per_context() -> None:
-    own = encoder(templates={"type_label": "{question} Beware of {types}!"})
-    assert "What is {x} + 1? Beware of final!" in text_of(own.teacher_ids(PROMPT, ["final"]))
-    reference = encoder("reference", templates={"type_label": "{question} Beware of {types}!"})
-    assert PROMPT.solution in text_of(reference.teacher_ids(PROMPT, []))
+def test_a_teacher_may_think_beside_a_student_that_does_not() -> None:
+    asymmetric = encoder(teacher_template_kwargs={"thinking": True})
+    assert text_of(asymmetric.student_ids(PROMPT)).endswith("<assistant>")
+    assert text_of(asymmetric.teacher_ids(routed([1]).member, Context())).endswith("<assistant><think>")
 
 
 def test_requests_are_one_a_sample_with_seeds_of_their_own() -> None:
@@ -117,34 +114,91 @@ def test_seeds_have_63_bits_and_tell_their_parts_apart() -> None:
     assert derive_seed(1, 23) != derive_seed(12, 3)
 
 
-def routed(route_index: list[int], *spans: Span, sample: int = 0) -> RoutedRollout:
-    length = len(route_index)
+def routed(positions: list[int], *spans: Span, sample: int = 0, length: int = 6, route: int = 0) -> RoutedRollout:
     rollout = Rollout(
         PROMPT, sample, (1,), tuple(range(50, 50 + length)), np.zeros(length, dtype=np.float32), "stop", 0, "text"
     )
     annotated = AnnotatedRollout(GradedRollout(rollout, 1.0, "graded"), spans, "annotated")
-    return RoutedRollout(annotated, 0.0, np.ones(length), np.array(route_index), np.zeros(length))
+    tokens = (RoutedTokens(route, np.array(positions), 1.0),) if positions else ()
+    return RoutedRollout(GroupMember(annotated, (annotated,)), 0.0, tokens)
 
 
 def test_the_teacher_is_asked_for_routed_tokens_and_nothing_behind_them() -> None:
     spans = (Span(1, 2, "key", "final"), Span(3, 4, "key", "arith"), Span(4, 5, "key", "final"))
-    (request,) = encoder().teacher_requests([routed([-1, 0, -1, 0, -1, -1], *spans), routed([-1, -1], sample=1)])
+    (request,) = encoder().teacher_requests([routed([1, 3], *spans), routed([], sample=1)], [view()])
     assert request.key == ("p/1", 0)
+    assert request.view == 0
     assert request.positions.tolist() == [1, 3]
     assert request.token_ids == (50, 51, 52, 53)
+    assert request.outputs == {"states"}
     # each type once, in canonical order
     assert "Take care with: arith, final." in text_of(request.teacher_prompt_token_ids)
 
 
+def test_each_view_asks_for_the_tokens_of_its_own_routes() -> None:
+    items = [routed([1, 3]), routed([0, 4], sample=1, route=1)]
+    first, second = encoder().teacher_requests(items, [view("none", 0), view("answer", 1, 2)])
+    assert (first.key.sample, first.view, first.positions.tolist()) == (0, 0, [1, 3])
+    assert (second.key.sample, second.view, second.positions.tolist()) == (1, 1, [0, 4])
+    assert "Reference answer: 7" in text_of(second.teacher_prompt_token_ids)
+
+
+def test_routes_of_one_view_share_a_request() -> None:
+    item = routed([1, 3])
+    both = RoutedRollout(item.member, 0.0, (*item.routed, RoutedTokens(1, np.array([0, 3, 5]), 1.0)))
+    (request,) = encoder().teacher_requests([both], [view("none", 0, 1)])
+    assert request.positions.tolist() == [0, 1, 3, 5]
+
+
 @pytest.mark.parametrize("context", ["type_label", "none", "reference"])
 def test_no_position_and_no_span_text_reaches_the_teachers_prompt(context: str) -> None:
-    here, there = routed([0, -1, -1], Span(0, 1, "key", "final")), routed([-1, -1, 0], Span(2, 3, "key", "final"))
-    (one,), (other,) = encoder(context).teacher_requests([here]), encoder(context).teacher_requests([there])
+    here, there = routed([0], Span(0, 1, "key", "final")), routed([2], Span(2, 3, "key", "final"))
+    (one,), (other,) = (encoder().teacher_requests([item], [view(context)]) for item in (here, there))
     assert one.teacher_prompt_token_ids == other.teacher_prompt_token_ids
 
 
-def test_a_label_names_types_once_in_canonical_order() -> None:
-    ordered = PromptEncoder(CharTokenizer(), "", {}, Teacher(), types=("copy", "arith"))
-    spans = [Span(0, 1, "key", name) for name in ("other", "arith", "copy", "arith")]
-    (request,) = ordered.teacher_requests([routed([0, -1], *spans)])
-    assert "Take care with: copy, arith, other." in text_of(request.teacher_prompt_token_ids)
+def test_the_longest_teacher_prompt_counts_every_piece_and_type() -> None:
+    known = encoder(types=("copy", "arith"))
+    labelled = routed([1], Span(0, 1, "key", "copy")).member
+    length = known.teacher_length(PROMPT, view().context)
+    assert length == len("<user>What is {x} + 1?\nTake care with: copy, arith.<assistant>")
+    assert len(known.teacher_ids(labelled, view().context)) <= length
+
+
+class Template(CharTokenizer):
+    """A chat template that is built by a function of the user's text."""
+
+    def __init__(self, write: Any) -> None:
+        self._write = write
+
+    def apply_chat_template(self, conversation: Sequence[dict[str, str]], **kwargs: Any) -> list[int]:
+        return [ord(character) for character in self._write(conversation, kwargs)]
+
+
+def plain(conversation: Sequence[dict[str, str]]) -> str:
+    return "".join(f"<{message['role']}>{message['content']}" for message in conversation)
+
+
+@pytest.mark.parametrize("context", ["none", "type_label", "reference", ["answer", "type_label"]])
+@pytest.mark.parametrize("system", ["", "be brief"])
+def test_a_plain_template_passes_as_a_pair(context: object, system: str) -> None:
+    for kwargs in ({}, {"thinking": True}):
+        check_pair(encoder(system, chat_template_kwargs=kwargs, types=("copy",)), PROMPT, view(context).context)
+
+
+@pytest.mark.parametrize(
+    ("write", "system", "sentence"),
+    [
+        (lambda chat, kwargs: plain(chat)[:24] + "<assistant>", "", "drops a part of the user's text"),
+        (lambda chat, kwargs: plain(chat[-1:]) + "<assistant>", "be brief", "drops data.system_prompt"),
+        (
+            lambda chat, kwargs: plain(chat) + ("<think>" if "solution" in chat[-1]["content"] else "<assistant>"),
+            "",
+            "do not start and end with the same template tokens",
+        ),
+    ],
+    ids=["cuts", "no system turn", "depends on the text"],
+)
+def test_a_template_that_treats_the_sides_differently_is_refused(write: Any, system: str, sentence: str) -> None:
+    with pytest.raises(ModelError, match=sentence):
+        check_pair(encoder(system, tokenizer=Template(write)), PROMPT, view("reference").context)

@@ -6,17 +6,19 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from trace_rl.batch import RolloutKey, TeacherRequest
-from trace_rl.config.roles import Model, TeacherWeights
-from trace_rl.config.roles import Teacher as TeacherSettings
-from trace_rl.errors import CheckpointError
+from trace_rl.config.roles import Model
+from trace_rl.config.teacher import Ema, External, Frozen, Live, Periodic, TrustRegion
+from trace_rl.config.teacher import Teacher as TeacherSettings
+from trace_rl.errors import CheckpointError, ModelError
 from trace_rl.workers.teacher import RayTeacher, TeacherModel
 
+VOCAB = 97
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    torch.manual_seed(0)
+
+def make_model(folder, seed=0, vocab_size=VOCAB):
+    torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=97,
+        vocab_size=vocab_size,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
@@ -26,19 +28,46 @@ def model_folder(tmp_path_factory):
         tie_word_embeddings=True,
         max_position_embeddings=128,
     )
+    model = Qwen3ForCausalLM(config)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher")
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    make_model(folder)
     return folder
+
+
+def make_teacher(folder, weights):
+    model = Model(path=str(folder), dtype="float32")
+    return TeacherModel(model, TeacherSettings(max_tokens_per_batch=64, weights=weights), VOCAB)
 
 
 @pytest.fixture
 def teacher(model_folder):
-    model = Model(path=str(model_folder), dtype="float32")
-    return TeacherModel(model, TeacherSettings(max_tokens_per_batch=64))
+    return make_teacher(model_folder, Periodic())
 
 
-def request(sample, prompt, response, positions):
-    return TeacherRequest(RolloutKey("p", sample), tuple(prompt), tuple(response), np.array(positions))
+def request(sample, prompt, response, positions, outputs=("states",), temperature=1.0):
+    return TeacherRequest(
+        RolloutKey("p", sample),
+        0,
+        tuple(prompt),
+        tuple(response),
+        np.array(positions),
+        frozenset(outputs),
+        temperature,
+    )
+
+
+def logits_of(model, prompt, response):
+    with torch.no_grad():
+        return model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+
+
+PROMPT, RESPONSE = [5, 6, 7, 8], [10, 11, 12, 13, 14]
 
 
 def test_rows_give_the_logits_of_a_plain_forward(teacher, model_folder):
@@ -67,7 +96,7 @@ def test_loaded_weights_and_saved_weights_are_what_is_scored_with(teacher, tmp_p
     one = request(0, [1, 2], [3, 4], [0, 1])
     before = teacher.score([one])[0].hidden
     teacher.save(tmp_path)
-    teacher.load_bucket({"model.norm.weight": torch.full((64,), 2.0)})
+    teacher.load_bucket({"model.norm.weight": torch.full((64,), 2.0)}, 1.0)
     np.testing.assert_allclose(teacher.score([one])[0].hidden, 2 * before, rtol=1e-5)
     teacher.load(tmp_path)
     np.testing.assert_array_equal(teacher.score([one])[0].hidden, before)
@@ -109,31 +138,141 @@ class Source:
 @pytest.mark.parametrize(
     ("weights", "copies", "heads"),
     [
-        (TeacherWeights(type="live"), [0, 1, 2, 3, 4], 5),
-        (TeacherWeights(type="periodic", every=2), [0, 2, 4], 3),
-        (TeacherWeights(type="frozen"), [], 1),
+        (Live(), [0, 1, 2, 3, 4], 5),
+        (Periodic(every=2), [0, 2, 4], 3),
+        (Frozen(), [], 1),
+        (Ema(), [0, 1, 2, 3, 4], 5),
+        (TrustRegion(), [0, 1, 2, 3, 4], 5),
+        (External(path="x"), [], 1),
     ],
+    ids=lambda value: getattr(value, "type", None),
 )
 def test_refresh_follows_the_weights_policy(monkeypatch, weights, copies, heads):
     monkeypatch.setattr("trace_rl.workers.teacher.wait_for", lambda ref, *_: ref)
     actor, source = Actor(), Source()
     teacher = RayTeacher(actor, source, weights, timeout_s=1.0)
-    assert [step for step in range(5) if teacher.refresh(step)] == copies
+    one = request(0, PROMPT, RESPONSE, [0])
+    refreshed = []
+    for step in range(5):
+        refreshed += [step] if teacher.refresh(step) else []
+        teacher.score([one])
+    assert refreshed == copies
     assert source.heads == heads
     assert actor.calls.count("load_bucket") == 2 * len(copies)
 
 
 def test_nothing_is_sent_without_requests():
     actor = Actor()
-    assert RayTeacher(actor, Source(), TeacherWeights(), timeout_s=1.0).score([]) == []
+    assert RayTeacher(actor, Source(), Periodic(), timeout_s=1.0).score([]) == []
     assert actor.calls == []
+
+
+def test_no_head_is_shipped_where_no_states_are_read(monkeypatch):
+    monkeypatch.setattr("trace_rl.workers.teacher.wait_for", lambda ref, *_: ref)
+    source = Source()
+    teacher = RayTeacher(Actor(), source, Live(), timeout_s=1.0)
+    teacher.refresh(0)
+    teacher.score([request(0, PROMPT, RESPONSE, [0], outputs=("logprobs",))])
+    assert source.heads == 0
 
 
 def test_a_resumed_teacher_ships_its_head_again(monkeypatch, tmp_path):
     monkeypatch.setattr("trace_rl.workers.teacher.wait_for", lambda ref, *_: ref)
     source = Source()
-    teacher = RayTeacher(Actor(), source, TeacherWeights(type="periodic", every=10), timeout_s=1.0)
+    teacher = RayTeacher(Actor(), source, Periodic(every=10), timeout_s=1.0)
+    one = request(0, PROMPT, RESPONSE, [0])
     teacher.refresh(0)
+    teacher.score([one])
     teacher.load(tmp_path)
     assert not teacher.refresh(3)
+    teacher.score([one])
     assert source.heads == 2
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_logprobs_and_entropy_are_those_of_a_plain_forward(teacher, model_folder, temperature):
+    model = Qwen3ForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    logprobs = torch.log_softmax(logits_of(model, PROMPT, RESPONSE) / temperature, -1)[[0, 2, 4]]
+    (rows,) = teacher.score([request(0, PROMPT, RESPONSE, [0, 2, 4], ("logprobs", "entropy"), temperature)])
+    assert rows.hidden.shape[0] == 0
+    np.testing.assert_allclose(rows.logprobs, logprobs[[0, 1, 2], [10, 12, 14]], atol=1e-5)
+    np.testing.assert_allclose(rows.entropy, -(logprobs.exp() * logprobs).sum(-1), atol=1e-5)
+
+
+def test_only_what_is_asked_for_is_returned(teacher):
+    (states,) = teacher.score([request(0, PROMPT, RESPONSE, [1, 2])])
+    assert (len(states.hidden), len(states.logprobs), len(states.entropy)) == (2, 0, 0)
+    (entropy,) = teacher.score([request(0, PROMPT, RESPONSE, [1, 2], ("entropy",))])
+    assert (len(entropy.hidden), len(entropy.logprobs), len(entropy.entropy)) == (0, 0, 2)
+
+
+def test_an_average_is_the_closed_form_in_float32(model_folder, tmp_path):
+    # phi_2 = (1 - r)^2 phi_0 + r (1 - r) theta_1 + r theta_2
+    rate, teacher = 0.05, make_teacher(model_folder, Ema(rate=0.05))
+    start = dict(teacher._models[0].state_dict())["model.norm.weight"].clone()
+    first, second = torch.full((64,), 3.0), torch.full((64,), -1.0)
+    for theta in (first, second):
+        teacher.load_bucket({"model.norm.weight": theta}, rate)
+    expected = (1 - rate) ** 2 * start + rate * (1 - rate) * first + rate * second
+    torch.testing.assert_close(dict(teacher._models[0].state_dict())["model.norm.weight"], expected)
+    teacher.save(tmp_path)
+    resumed = make_teacher(model_folder, Ema(rate=0.05))
+    resumed.load(tmp_path)
+    one = request(0, PROMPT, RESPONSE, [0, 3])
+    np.testing.assert_array_equal(resumed.score([one])[0].hidden, teacher.score([one])[0].hidden)
+    for each in (teacher, resumed):
+        each.load_bucket({"model.norm.weight": first}, rate)
+    np.testing.assert_array_equal(resumed.score([one])[0].hidden, teacher.score([one])[0].hidden)
+
+
+def test_a_small_rate_is_not_rounded_away_in_bfloat16(model_folder):
+    model = Model(path=str(model_folder), dtype="bfloat16")
+    teacher = TeacherModel(model, TeacherSettings(weights=Ema(rate=0.001)), VOCAB)
+    for _ in range(1000):  # 1 -> 2 - 0.999^1000 = 1.632; each step is below half of bfloat16's spacing near 1
+        teacher.load_bucket({"model.norm.weight": torch.full((64,), 2.0)}, 0.001)
+    found = teacher._models[0].state_dict()["model.norm.weight"].float()
+    torch.testing.assert_close(found, torch.full((64,), 2 - 0.999**1000), rtol=0, atol=0.01)
+
+
+def test_a_trust_region_mixes_logits(model_folder, tmp_path):
+    start = Qwen3ForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    live = make_model(tmp_path / "live", seed=1).float().eval()
+    teacher = make_teacher(model_folder, TrustRegion(mix=0.25))
+    teacher.load_bucket(dict(live.named_parameters()), 1.0)
+    expected = 0.75 * logits_of(start, PROMPT, RESPONSE) + 0.25 * logits_of(live, PROMPT, RESPONSE)
+    (rows,) = teacher.score([request(0, PROMPT, RESPONSE, range(5), ("states", "logprobs"))])
+    torch.testing.assert_close(torch.from_numpy(rows.hidden) @ teacher.head().T, expected, atol=1e-5, rtol=0)
+    logprobs = torch.log_softmax(expected, -1)[range(5), RESPONSE]
+    np.testing.assert_allclose(rows.logprobs, logprobs, atol=1e-5)
+
+
+def test_an_external_teacher_is_another_model_and_its_padding_is_cut(model_folder, tmp_path):
+    other = make_model(tmp_path, seed=2, vocab_size=VOCAB + 7).eval()
+    teacher = make_teacher(model_folder, External(path=str(tmp_path)))
+    assert teacher.head().shape == (VOCAB, 64)
+    (rows,) = teacher.score([request(0, PROMPT, RESPONSE, [1], ("states", "logprobs"))])
+    expected = logits_of(other, PROMPT, RESPONSE)[1, :VOCAB]
+    torch.testing.assert_close(torch.from_numpy(rows.hidden[0]) @ teacher.head().T, expected, atol=1e-5, rtol=0)
+    assert rows.logprobs[0] == pytest.approx(torch.log_softmax(expected, -1)[11].item(), abs=1e-5)
+
+
+def test_a_teacher_with_a_smaller_vocabulary_is_refused(model_folder, tmp_path):
+    make_model(tmp_path, vocab_size=VOCAB - 1)
+    with pytest.raises(ModelError, match=r"teacher\.weights\.path.*96 rows, fewer than the 97"):
+        make_teacher(model_folder, External(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("weights", [Live(), Frozen(), TrustRegion()], ids=lambda weights: weights.type)
+def test_what_can_be_made_again_is_not_saved(model_folder, tmp_path, weights):
+    teacher = make_teacher(model_folder, weights)
+    teacher.save(tmp_path / "teacher")
+    assert not (tmp_path / "teacher").exists()
+    teacher.load(tmp_path / "teacher")
+
+
+def test_a_checkpoint_of_other_weights_is_refused(model_folder, tmp_path):
+    moving = make_teacher(model_folder, Periodic())
+    moving.load_bucket({"model.norm.weight": torch.full((64,), 2.0)}, 1.0)
+    moving.save(tmp_path)
+    with pytest.raises(CheckpointError, match=r"teacher\.weights\.type = frozen"):
+        make_teacher(model_folder, Frozen()).load(tmp_path)

@@ -26,6 +26,10 @@ from trace_rl.errors import AnnotationError
 from trace_rl.protocols import ErrorRule
 from trace_rl.segments import Segment, TokenText
 
+MAX_REFLECTION_CHARS = 600
+"""Longer reflections are dropped: one sentence or two are asked for."""
+_QUOTE_CHARS = 16
+"""A reflection that shares so many characters in a row with the response quotes it."""
 OTHER_TYPE = "other"
 """What a type outside of the closed list is read as."""
 
@@ -63,11 +67,15 @@ class SegmentSpan(BaseModel):
 
 
 class AnnotationReply(BaseModel):
-    """What an annotator answers: `{"spans": [{"start": 12, "end": 14, "type": "case_analysis", "importance": 3}]}`."""
+    """What an annotator answers: `{"spans": [{"start": 12, "end": 14, "type": "case_analysis", "importance": 3}]}`.
+
+    `reflection` beside it may say in a sentence what went wrong, in general words.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
     spans: tuple[SegmentSpan, ...]
+    reflection: str = ""
 
 
 class AnnotatorBackend(Protocol):
@@ -85,14 +93,16 @@ class OracleBackend:
     rule: ErrorRule
 
     def reply(self, request: AnnotationRequest) -> AnnotationReply:
-        """Spans of the rule in segment numbers; empty spans are left out."""
+        """Spans of the rule in segment numbers, empty ones left out; the first error's meaning is the reflection."""
         find = self.rule.key_spans if request.span_class == "key" else self.rule.error_spans
         spans = []
         for char_start, char_end, name, importance in find(request.prompt, request.text):
             touched = _touched(request.segments, char_start, char_end)
             if touched:
                 spans.append(SegmentSpan(start=touched[0], end=touched[-1], type=name, importance=importance))
-        return AnnotationReply(spans=tuple(spans))
+        is_error = request.span_class == "error" and bool(spans)
+        reflection = f"The first mistake: {self.rule.types[spans[0].type]}." if is_error else ""
+        return AnnotationReply(spans=tuple(spans), reflection=reflection)
 
 
 def span_class_of(graded: GradedRollout) -> SpanClass:
@@ -150,6 +160,19 @@ def resolve(
         token_text.token_range(*token_text.char_range(span.start, span.end)) != (span.start, span.end) for span in kept
     )
     return kept, {name: float(audit[name]) for name in _AUDIT}
+
+
+def readable_reflection(reply: AnnotationReply, request: AnnotationRequest) -> str:
+    """The reply's reflection where a teacher may read it, else nothing.
+
+    Refused are reflections with a digit, which could be a position or a result, those that quote the response, and
+    those of more than MAX_REFLECTION_CHARS characters: the teacher is told what went wrong, not where.
+    """
+    text = " ".join(reply.reflection.split())
+    response = " ".join(request.text.split())
+    quotes = (text[start : start + _QUOTE_CHARS] for start in range(max(0, len(text) - _QUOTE_CHARS + 1)))
+    is_refused = len(text) > MAX_REFLECTION_CHARS or any(map(str.isdigit, text)) or any(q in response for q in quotes)
+    return "" if is_refused else text
 
 
 _AUDIT = (

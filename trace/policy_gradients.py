@@ -10,7 +10,6 @@ Invariants: with the policy equal to the old one every kind but `none` has the g
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Literal
@@ -170,7 +169,7 @@ class RolloutCorrection(Section):
             return torch.ones_like(gap)
         if self.level == "sequence":
             gap = _sum_by_sequence(gap, sequence, num_sequences)[sequence]
-        return torch.exp(gap.clamp(max=math.log(self.cap)))
+        return torch.exp(gap).clamp(max=self.cap)
 
 
 def mismatch_statistics(

@@ -22,11 +22,14 @@ from typing import Any
 
 from math_verify import LatexExtractionConfig, parse, verify
 
+from trace_rl.batch import GradeCause
 from trace_rl.errors import RewardError
 
 MAX_ANSWER_CHARS = 2000
 """Longer answers are graded 0; no reference answer is that long, and the grammar is slow on garbage."""
 
+_QUOTED_CHARS = 60
+"""Characters of a wrong answer that feedback repeats."""
 _BRACE = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
 _CANDIDATE = re.compile(
     r"""
@@ -77,6 +80,22 @@ def extract_answer(text: str) -> str | None:
         return boxed
     candidates = deque(_CANDIDATE.finditer(text), maxlen=1)
     return candidates[0][candidates[0].lastgroup or 0].strip() if candidates else None
+
+
+def feedback(text: str, reward: float, cause: GradeCause) -> str:
+    """What the environment says of a wrong response, without telling the reference; empty where it says nothing.
+
+    Nothing is said of correct responses, nor where grading itself failed. Reference: environment feedback in
+    arXiv:2601.20802; the wording is ours.
+    """
+    if cause == "truncated":
+        return "The response was cut off before it was finished."
+    if cause != "graded" or reward >= 0.5:
+        return ""
+    answer = extract_answer(text)
+    if answer is None:
+        return "No final answer was found in the response."
+    return f"The final answer {answer[:_QUOTED_CHARS]} is not correct."
 
 
 def _last_boxed(text: str) -> str | None:

@@ -132,7 +132,7 @@ def token_loss(
     policy_logprobs = target_logprobs(logits, rows.targets, objective.sampling_temperature)
     old = policy_logprobs.detach() if old_logprobs is None else old_logprobs
     policy_loss, sums = _policy_loss(policy_logprobs, old, rows, objective)
-    sums["entropy"] = entropy(logits.detach() / objective.sampling_temperature).sum()
+    sums["entropy"] = entropy(logits.detach(), objective.sampling_temperature).sum()
     ratio = torch.exp(policy_logprobs.detach() - old)
     routed = policy_loss.new_zeros(())
     for route in objective.routes:
@@ -159,9 +159,9 @@ def routed_rows(
     return RoutedRows(logits[index], teacher.detach(), rows.targets[index], route.temperature, ratio[index])
 
 
-def entropy(logits: Float[Tensor, "row vocab"]) -> Float[Tensor, " row"]:
-    """Entropy of softmax(logits) in nats."""
-    logprobs = torch.log_softmax(_precise(logits), -1)
+def entropy(logits: Float[Tensor, "row vocab"], temperature: float) -> Float[Tensor, " row"]:
+    """Entropy of softmax(logits / temperature) in nats."""
+    logprobs = torch.log_softmax(_precise(logits) / temperature, -1)
     return -(logprobs.exp() * logprobs).sum(-1)
 
 

@@ -20,7 +20,14 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
-from trace_rl.annotation import AnnotationRequest, AnnotatorBackend, OracleBackend, resolve, span_class_of
+from trace_rl.annotation import (
+    AnnotationRequest,
+    AnnotatorBackend,
+    OracleBackend,
+    readable_reflection,
+    resolve,
+    span_class_of,
+)
 from trace_rl.batch import AnnotatedRollout, AnnotationCause, GradedRollout, Prompt, Rollout, Span, SpanClass
 from trace_rl.config.roles import Annotator
 from trace_rl.protocols import ErrorRule
@@ -49,6 +56,7 @@ class Annotation:
     cause: AnnotationCause
     audit: Mapping[str, float] = field(default_factory=dict)
     detail: str = ""
+    reflection: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,10 +104,13 @@ class OracleAnnotator:
                 self._types,
                 self._settings.coverage_cap,
             )
-            spans, audit = resolve(self._backend.reply(request), request, token_text, len(task.token_ids))
+            reply = self._backend.reply(request)
+            spans, audit = resolve(reply, request, token_text, len(task.token_ids))
+            reflection = readable_reflection(reply, request)
         except Exception as error:  # a rule is foreign code; the rollout goes on without spans and is counted
             return Annotation((), "failed", detail=f"{type(error).__name__}: {error}")
-        return Annotation(spans, "annotated", audit)
+        audit |= {"reflections": float(bool(reply.reflection)), "reflections_kept": float(bool(reflection))}
+        return Annotation(spans, "annotated", audit, reflection=reflection)
 
 
 class RayAnnotator:
@@ -132,7 +143,9 @@ class RayAnnotator:
                 continue
             annotation = Annotation((), "timeout") if isinstance(answer, Unserved) else answer
             self._counters.count(item.rollout, annotation)
-            yield AnnotatedRollout(item, annotation.spans, annotation.cause, annotation.audit)
+            yield AnnotatedRollout(
+                item, annotation.spans, annotation.cause, annotation.audit, reflection=annotation.reflection
+            )
 
     def metrics(self) -> dict[str, float]:
         """Counters since the last call: coverage before and after the cap, empty replies, failures, types."""
@@ -188,6 +201,8 @@ class _Counters:
                 "annotation/round_trip_errors": self._audits["round_trip_errors"],
                 "annotation/out_of_range": self._audits["out_of_range"],
                 "annotation/unknown_types": self._audits["unknown_types"],
+                "annotation/reflections": self._audits["reflections_kept"],
+                "annotation/reflections_dropped": self._audits["reflections"] - self._audits["reflections_kept"],
             }
             if self._coverage:
                 num_annotated = len(self._coverage)
@@ -203,5 +218,5 @@ class _Counters:
         self._types.update(span.type for span in annotation.spans)
         self._coverage_before.append(annotation.audit["tokens_before_cap"] / num_tokens)
         self._coverage.append(annotation.audit["tokens_after_cap"] / num_tokens)
-        for name in ("round_trip_errors", "out_of_range", "unknown_types"):
+        for name in ("round_trip_errors", "out_of_range", "unknown_types", "reflections", "reflections_kept"):
             self._audits[name] += annotation.audit[name]

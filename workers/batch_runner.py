@@ -102,7 +102,7 @@ class BatchRunner:
             sequences = [batch.sequences[index] for index in indices]
             with torch.no_grad():
                 by_route = self._engine(pack(sequences).to(self._device), self._statistics)
-            for route, values in by_route.items():
+            for route, values in by_route:
                 found += _split_by_sequence(sequences, route, values)
         return found
 
@@ -117,14 +117,17 @@ class BatchRunner:
             [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters] for _ in range(2)
         )
         for micro_batch in self._pack(batch.sequences, self._plan(batch.sequences)):
-            parts, _ = self._engine(micro_batch.to(self._device), self._loss(None))
-            for total, loss in ((policy, parts.policy), (routed, parts.routed)):
-                if loss.requires_grad:
-                    # retained for the second part; what a micro-batch leaves is freed with its last reference
-                    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-                    for into, gradient in zip(total, gradients, strict=True):
-                        if gradient is not None:
-                            into += gradient
+            # past the engine, whose hooks would take this for the backward pass of a step
+            parts = self._engine.module(micro_batch.to(self._device), self._loss_parts)
+            losses = [(policy, parts.policy), (routed, parts.routed)]
+            losses = [(total, loss) for total, loss in losses if loss.requires_grad]
+            for number, (total, loss) in enumerate(losses, start=1):
+                # kept for the second part only: nothing of a micro-batch outlives it
+                is_kept = number < len(losses)
+                gradients = torch.autograd.grad(loss, parameters, retain_graph=is_kept, allow_unused=True)
+                for into, gradient in zip(total, gradients, strict=True):
+                    if gradient is not None:
+                        into += gradient
         for gradient in (*policy, *routed):
             torch.distributed.all_reduce(gradient)
         dots = [
@@ -168,8 +171,7 @@ class BatchRunner:
         from trace_rl.workers import deepspeed_engine
 
         for number, (micro_batch, old) in enumerate(zip(micro_batches, old_logprobs, strict=True)):
-            parts, terms = self._engine(micro_batch.to(self._device), self._loss(old))
-            loss = parts.total
+            loss, terms = self._engine(micro_batch.to(self._device), self._loss(old))
             self._check_loss(loss, f"{where}, micro-batch {number}")
             is_last = number == len(micro_batches) - 1
             deepspeed_engine.accumulate(self._engine, loss * num_minibatches, is_last)
@@ -182,29 +184,37 @@ class BatchRunner:
         return norm
 
     def _loss(self, old_logprobs: Tensor | None) -> Any:
-        def loss(logits: Tensor, micro_batch: MicroBatch) -> tuple[LossParts, dict[str, Tensor]]:
+        def loss(logits: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
             teacher = self._teacher_logits(logits, micro_batch)
-            return token_loss(logits, micro_batch.rows, self._objective, teacher, old_logprobs)
+            parts, sums = token_loss(logits, micro_batch.rows, self._objective, teacher, old_logprobs)
+            # DeepSpeed finds the tensors of an output in tuples and mappings only, not in other classes
+            return parts.total, sums
 
         return loss
 
-    def _statistics(self, logits: Tensor, micro_batch: MicroBatch) -> dict[int, dict[str, Tensor]]:
-        """By route: entropy of the policy, divergence, and log-probs of the tokens on both sides, per row."""
+    def _loss_parts(self, logits: Tensor, micro_batch: MicroBatch) -> LossParts:
+        return token_loss(logits, micro_batch.rows, self._objective, self._teacher_logits(logits, micro_batch))[0]
+
+    def _statistics(self, logits: Tensor, micro_batch: MicroBatch) -> list[tuple[int, dict[str, Tensor]]]:
+        """By route: entropy of the policy, divergence, and log-probs of the tokens on both sides, per row.
+
+        Pairs, because ZeRO-3's hooks take the keys of a mapping for names.
+        """
         rows, teacher = micro_batch.rows, self._teacher_logits(logits, micro_batch)
         ratio = logits.new_ones(len(rows.targets))
-        found = {}
+        found = []
         for route in self._objective.routes:
             mine = rows.route_index == route.index
             routed = routed_rows(logits, rows, route, mine, teacher, ratio)
-            scale = self._objective.sampling_temperature
-            found[route.index] = {
-                "policy_entropy": entropy(routed.policy_logits / scale),
+            values = {
+                "policy_entropy": entropy(routed.policy_logits, self._objective.sampling_temperature),
                 "divergence": route.ranking.terms(routed).unclipped,
                 "policy_logprobs": target_logprobs(routed.policy_logits, routed.targets, route.temperature),
                 "teacher_logprobs": target_logprobs(routed.teacher_logits, routed.targets, route.temperature)
                 if len(routed.teacher_logits)
-                else logits.new_zeros(0),
+                else logits.new_zeros(0, dtype=torch.float32),  # NumPy has no bfloat16
             }
+            found.append((route.index, values))
         return found
 
     def _teacher_logits(self, logits: Float[Tensor, "row vocab"], micro_batch: MicroBatch) -> Tensor:

@@ -19,6 +19,7 @@ from typing import Any
 from trace_rl.batch import GradedRollout, Rollout
 from trace_rl.config.roles import Rewarder
 from trace_rl.errors import RewardError, WorkerError
+from trace_rl.rewards import feedback
 from trace_rl.workers.grading import START_TIMEOUT_S, GradingPool, Verdict
 from trace_rl.workers.streaming import Call, Unserved, stream
 
@@ -91,7 +92,8 @@ class RayGrader:
                     f"{self._settings.timeout_s:g} s (rewarder.timeout_s): look at the log of its actor."
                 )
             self._count(rollout, verdict)
-            yield GradedRollout(rollout, verdict.reward, verdict.cause)
+            said = feedback(rollout.text, verdict.reward, verdict.cause)
+            yield GradedRollout(rollout, verdict.reward, verdict.cause, said)
 
     def metrics(self) -> dict[str, float]:
         """Counters since the last call: rollouts by cause, and the share of graded ones that earned 0."""
