@@ -13,6 +13,7 @@ from trace_rl.annotation import (
     OracleBackend,
     SegmentSpan,
     parse_reply,
+    readable_reflection,
     resolve,
     span_budget,
 )
@@ -173,3 +174,31 @@ def test_oracle_widens_a_rules_span_to_the_segments_it_touches() -> None:
 
 def test_oracle_of_an_empty_response_says_nothing() -> None:
     assert oracle(EquationRule(), RUNNING_SUM, "", "error", "\n") == []
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ("A sum was  wrong;\nthe rest follows.", "A sum was wrong; the rest follows."),
+        ("", ""),
+        ("Segment 3 is wrong.", ""),  # a position
+        ("It says efghijabcdefghijab where it should not.", ""),  # a quote of 16 characters and more
+        ("It says efghij.", "It says efghij."),
+        ("word " * 200, ""),
+    ],
+)
+def test_a_reflection_tells_what_went_wrong_and_not_where(said: str, kept: str) -> None:
+    assert readable_reflection(AnnotationReply(spans=(), reflection=said), request()) == kept
+
+
+def test_the_oracle_reflects_on_the_first_error_in_the_words_of_its_type() -> None:
+    text = "Step 1: 47 + 38 = 86\nStep 2: 86 - 15 = 71\n\\boxed{71}"
+    token_text = TokenText(text, tuple(range(len(text) + 1)))
+    prompt = Prompt("p", "Start with 47. Step 1: add 38. Step 2: subtract 15.", "70")
+    segments = segment(token_text, Segmentation(boundary=r"(?<== )|(?=\n)", min_tokens=1))
+    rule = ArithmeticRule()
+    asked = AnnotationRequest(prompt, "error", segments, rule.types, 1.0)
+    answer = OracleBackend(rule).reply(asked)
+    assert readable_reflection(answer, asked) == "The first mistake: the result of a sum or difference is wrong."
+    right = AnnotationRequest(prompt, "key", segments, rule.types, 1.0)
+    assert OracleBackend(rule).reply(right).reflection == ""

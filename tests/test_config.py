@@ -5,8 +5,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from trace_rl.advantages import GroupAdvantage
 from trace_rl.config.roles import Segmentation
 from trace_rl.config.run import RunConfig
+from trace_rl.config.teacher import Periodic
+from trace_rl.contexts import Context
+from trace_rl.policy_gradients import Clipped, Gspo
 
 
 def build(**sections: Any) -> RunConfig:
@@ -19,16 +23,16 @@ def route(rollouts: str, tokens: str, **settings: Any) -> dict[str, Any]:
 
 def test_defaults_are_the_papers() -> None:
     config = build(algorithm={"routes": {"r": route("correct", "key_spans")}})
-    policy_gradient, settings = config.algorithm.policy_gradient, config.algorithm.routes["r"]
-    assert (policy_gradient.clip_low, policy_gradient.clip_high, policy_gradient.std) == (0.2, 0.28, "sample")
+    settings = config.algorithm.routes["r"]
+    assert config.algorithm.advantage == GroupAdvantage(std="sample")
+    assert config.algorithm.policy_gradient == Clipped(clip_low=0.2, clip_high=0.28)
     assert settings.schedule.model_dump() == {
         "type": "hold_then_linear", "initial": 0.5, "hold_steps": 10, "decay_steps": 30,
     }  # fmt: skip
-    assert (settings.clip.threshold, settings.multiplier, settings.on_routed) == (0.05, 1.0, "ramp")
+    assert (settings.action.clip.threshold, settings.multiplier, settings.on_routed) == (0.05, 1.0, "ramp")
     assert config.annotator.coverage_cap == 0.25
-    assert (config.teacher.context, config.teacher.weights.type, config.teacher.weights.every) == (
-        "type_label", "periodic", 10,
-    )  # fmt: skip
+    assert config.teacher.context == Context(pieces=("type_label",))
+    assert config.teacher.weights == Periodic(every=10)
     assert config.algorithm.aggregation == "seq-mean-token-mean"
 
 
@@ -57,6 +61,7 @@ def test_sections_are_frozen() -> None:
         {"run": {"steps": 0}},
         {"run": {"steps": "many"}},
         {"sampling": {"samples_per_prompt": 1}},
+        {"sampling": {"samples_per_prompt": 0}},
         {"sampling": {"temperature": 0.0}},
         {"learner": {"optimizer": {"learning_rate": float("nan")}}},
         {"sync": {"timeout_s": float("inf")}},
@@ -78,7 +83,7 @@ def test_what_is_unknown_or_out_of_range_is_refused(sections: dict[str, Any]) ->
     ("rollouts", "tokens", "right"), [("wrong", "key_spans", "correct"), ("correct", "error_spans", "wrong")]
 )
 def test_spans_must_exist_on_the_rollouts_of_a_route(rollouts: str, tokens: str, right: str) -> None:
-    with pytest.raises(ValidationError, match=f"{tokens} exist on {right} rollouts only; set rollouts: {right}"):
+    with pytest.raises(ValidationError, match=f"spans exist on {right} rollouts only; set rollouts: {right}"):
         build(algorithm={"routes": {"r": route(rollouts, tokens)}})
 
 
@@ -95,18 +100,89 @@ def test_minibatches_must_divide_the_prompts() -> None:
         build(sampling={"prompts_per_step": 6}, learner={"minibatches_per_step": 4})
 
 
+NO_PG = {"advantage": "none", "policy_gradient": "none"}
+ALL = {"tokens": "all"}
+NLL = {"routes": {"r": {"selector": ALL, "action": "nll"}}, **NO_PG}
+
+
 @pytest.mark.parametrize(
-    ("template", "expected"),
+    ("sections", "sentence"),
     [
-        ("{question} {hint}", "unknown field 'hint'"),
-        ("{question} {reference}", "unknown field 'reference'; known: {question}, {types}"),
-        ("Beware of {types}.", "lacks {question}"),
-        ("{question} {", "not a valid template"),
+        ({"sampling": {"top_p": 0.9}}, "sampling.top_p is 0.9, but a policy gradient"),
+        ({"sampling": {"top_k": 20}}, "set sampling.top_p=1 and sampling.top_k=0, or algorithm.policy_gradient=none"),
+        ({"sampling": {"source": "solutions"}}, "needs completions that the policy has sampled"),
+        ({"sampling": {"samples_per_prompt": 1}}, "compares the completions of one prompt"),
+        ({"sampling": {"off_policy_frac": 0.5}}, "sampling.off_policy_frac is 0.5, but sampling.source is policy"),
+        ({"algorithm": NO_PG}, "no route adds a term to the loss, so nothing is trained"),
+        (
+            {
+                "algorithm": {
+                    **NO_PG,
+                    "routes": {
+                        "a": {"selector": ALL, "action": "ktae"},
+                        "b": {"selector": ALL, "action": "fkl"},
+                    },
+                }
+            },
+            "algorithm.routes.a.action ktae changes the advantage",
+        ),
+        (
+            {"algorithm": {"routes": {"r": {"selector": {"tokens": "top"}, "action": "ktae"}}}},
+            "selector.tokens top goes with an action that adds a term to the loss",
+        ),
+        (
+            {"algorithm": NLL, "sampling": {"source": "teacher"}},
+            "teacher.weights.type = periodic moves with the policy",
+        ),
+        (
+            {
+                "algorithm": {**NLL, "routes": {"r": {**NLL["routes"]["r"], "token_weight": "student_perplexity"}}},
+                "sampling": {"source": "solutions"},
+            },
+            "token_weight student_perplexity reads the sampler's log-probs",
+        ),
+        (
+            {"algorithm": {"routes": {"r": {"selector": ALL, "action": {"type": "jsd", "support": "sampled"}}}}},
+            "action jsd has no estimator from the sampled token",
+        ),
+        ({"algorithm": {"advantage": "gruop"}}, "type 'gruop'; did you mean 'group'?"),
     ],
 )
-def test_a_teachers_template_must_be_one(template: str, expected: str) -> None:
-    with pytest.raises(ValidationError, match=expected):
-        build(teacher={"templates": {"type_label": template}})
+def test_what_does_not_go_together_is_refused(sections: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        build(**sections)
+    assert sentence in str(caught.value)
+
+
+def test_what_goes_together() -> None:
+    build(
+        algorithm=NLL, sampling={"source": "solutions", "off_policy_frac": 0.5, "samples_per_prompt": 1, "top_p": 0.9}
+    )
+    build(algorithm=NLL, sampling={"source": "teacher"}, teacher={"weights": "frozen"})
+    build(algorithm={"advantage": "whitened"}, sampling={"samples_per_prompt": 1})
+
+
+def test_kinds_are_given_by_name_mapping_or_instance() -> None:
+    by_name = build(algorithm={"policy_gradient": "gspo"})
+    by_mapping = build(algorithm={"policy_gradient": {"type": "gspo"}})
+    by_instance = build(algorithm={"policy_gradient": Gspo()})
+    assert by_name == by_mapping == by_instance
+
+
+def test_rollout_filters_are_one_or_a_list() -> None:
+    one = build(algorithm={"routes": {"r": route("correct", "key_spans")}})
+    several = build(algorithm={"routes": {"r": route(["correct", "mixed_group"], "key_spans")}})  # type: ignore[arg-type]
+    assert one.algorithm.routes["r"].selector.rollouts == ("correct",)
+    assert several.algorithm.routes["r"].selector.rollouts == ("correct", "mixed_group")
+
+
+def test_who_is_started_follows_from_what_routes_read() -> None:
+    ramp = build(algorithm={"routes": {"r": route("correct", "key_spans", action="none")}})
+    assert (ramp.needs_teacher, ramp.needs_annotator) == (False, True)
+    reference = build(algorithm={"routes": {"r": {"selector": ALL, "action": "fkl"}}}, teacher={"context": "reference"})
+    assert (reference.needs_teacher, reference.needs_annotator) == (True, False)
+    counted = build(algorithm={"routes": {"r": {"selector": ALL, "action": "ktae"}}})
+    assert (counted.needs_teacher, counted.needs_annotator) == (False, False)
 
 
 def test_the_run_folder_knows_one_field() -> None:

@@ -1,4 +1,4 @@
-"""Key-token values: two hand-worked groups, a slow independent formula, published values of Fisher's test, and symmetries."""
+"""Key-token values: two hand-worked groups, a slow independent formula, Fisher's test, and symmetries."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def random_group(seed: int, size: int = 7, vocabulary: int = 9) -> tuple[list[li
 
 
 def test_hand_worked_group_with_equal_lengths() -> None:
-    # Type 1 is in 2 of 2 correct and 1 of 2 wrong. Tables with 3 of 4: 2 ways (k=1), 2 ways (k=2); p = 4/4 = 1, Fisher 0.
+    # Type 1 is in 2 of 2 correct and 1 of 2 wrong. Tables with 3 of 4: 2 ways (k=1), 2 (k=2); p = 4/4 = 1, Fisher 0.
     # IG = 1 - 3/4 H(1/3) = 1 - 3/4 * 0.9182958 = 0.3112781. arcsin 1 - arcsin sqrt(1/2) = pi/2 - pi/4 = 0.7853982.
     # 4 tokens a side, so k1 (...) = 2: tf_c = 0.5 * 3 / 2.5 = 0.6, tf_w = 0.25 * 3 / 2.25 = 1/3;
     # 0.6/0.3333433 - 0.3333333/0.60001 = 1.7999460 - 0.5555463 = 1.2443997. Effect 2.0297979.
@@ -66,7 +66,7 @@ def test_hand_worked_group_with_equal_lengths() -> None:
 
 
 def test_hand_worked_group_with_different_lengths() -> None:
-    # Type 1 is in 3 of 3 correct and 1 of 3 wrong. 4 of 6: 3, 9, 3 ways of 15; p = 6/15 = 0.4, Fisher e^-0.8 = 0.4493290.
+    # Type 1 is in 3 of 3 correct and 1 of 3 wrong. 4 of 6: 3, 9, 3 of 15; p = 6/15 = 0.4, Fisher e^-0.8 = 0.449329.
     # IG = 1 - 4/6 H(1/4) = 1 - 2/3 * 0.8112781 = 0.4591479; strength 0.9084769.
     # arcsin 1 - arcsin sqrt(1/3) = 1.5707963 - 0.6154797 = 0.9553166.
     # 6 and 12 tokens, mean 9: k1 (...) = 2 (1/2 + 1/3) = 5/3 and 2 (1/2 + 2/3) = 7/3.

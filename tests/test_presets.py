@@ -183,7 +183,7 @@ def meant_to_fall(learner: Any, batch: TrainingBatch, config: RunConfig, metrics
         for item, found in zip(batch.sequences, logprobs, strict=True):
             total -= float(np.sum(item.pg_weight * item.advantages * found[len(item.prompt_token_ids) - 1 :]))
     scores = {(item.key, item.route): item for item in learner.score(batch)}
-    for index, (name, route) in enumerate(config.algorithm.routes.items()):
+    for index, route in enumerate(config.algorithm.routes.values()):
         if not isinstance(route.action, RowAction):
             continue
         clip = getattr(route.action, "clip", None)

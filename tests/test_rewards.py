@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trace_rl.errors import RewardError
-from trace_rl.rewards import MAX_ANSWER_CHARS, extract_answer, grade_text
+from trace_rl.rewards import MAX_ANSWER_CHARS, extract_answer, feedback, grade_text
 
 
 @pytest.mark.parametrize(
@@ -88,3 +88,19 @@ def test_extraction_is_linear_on_hostile_text() -> None:
 def test_extraction_takes_any_text(text: str) -> None:
     found = extract_answer(text)
     assert found is None or found in text
+
+
+@pytest.mark.parametrize(
+    ("text", "reward", "cause", "said"),
+    [
+        ("so \\boxed{5}", 0.0, "graded", "The final answer 5 is not correct."),
+        ("I do not know.", 0.0, "graded", "No final answer was found in the response."),
+        ("so \\boxed{4}", 1.0, "graded", ""),
+        ("and then", 0.0, "truncated", "The response was cut off before it was finished."),
+        ("so \\boxed{5}", 0.0, "timeout", ""),
+        ("so \\boxed{5}", 0.0, "error", ""),
+        ("\\boxed{" + "9" * 500 + "}", 0.0, "graded", f"The final answer {'9' * 60} is not correct."),
+    ],
+)
+def test_feedback_says_what_was_wrong_without_the_reference(text: str, reward: float, cause: str, said: str) -> None:
+    assert feedback(text, reward, cause) == said

@@ -54,7 +54,7 @@ class Route(Section):
     token_weight: TokenWeight = Uniform()
     """Factor of each token."""
     multiplier: float = Field(1.0, ge=0)
-    """Class multiplier (mu) on top of the schedule."""
+    """Class multiplier (mu) on top of the schedule; at 0 the route does not exist."""
     schedule: Schedule = HoldThenLinear()
     """Weight (lambda) by training step; at 0 the route does not exist, and nobody is asked on its behalf."""
     on_routed: Literal["ramp", "keep", "replace"] = "ramp"
@@ -99,7 +99,7 @@ class Route(Section):
 
     def is_active(self, step: int) -> bool:
         """Whether the route exists at this step."""
-        return self.schedule.at(step) > 0
+        return self.schedule.at(step) * self.multiplier > 0
 
     def policy_weight(self, step: int) -> float:
         """What is left of the policy gradient on its tokens."""

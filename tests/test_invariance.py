@@ -1,0 +1,650 @@
+"""What no method's loss may depend on, for every preset: the split of a batch, its order, its padding, its devices.
+
+The numbers of a step are made as the loop makes them: real routing, teacher requests, scoring pass, token weights and
+denominators, on one synthetic batch. The loss is then taken of a small causal model in float64, where equal means
+equal to about 1e-12, and at the end by real DeepSpeed engines in float32.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from learner_harness import Group, gap
+from torch import Tensor, nn
+
+from trace_rl import packing
+from trace_rl.actions import AdvantageAction
+from trace_rl.advantages import Whitened
+from trace_rl.batch import (
+    NOT_THE_POLICY,
+    AnnotatedRollout,
+    GradedRollout,
+    Prompt,
+    Rollout,
+    RoutedRollout,
+    Span,
+    TeacherRequest,
+    TeacherRows,
+    TrainingBatch,
+    TrainingSequence,
+)
+from trace_rl.config.algorithm import Route
+from trace_rl.config.run import RunConfig
+from trace_rl.contexts import Context
+from trace_rl.loop import _ask_teacher, _rank_and_weigh
+from trace_rl.overlays import load_config
+from trace_rl.packing import MicroBatch, pack, plan_micro_batches
+from trace_rl.prompts import PromptEncoder
+from trace_rl.routing import route_rollouts
+from trace_rl.schedules import Constant
+from trace_rl.selectors import Selector, Top
+from trace_rl.token_loss import LossParts, Objective, objective_of, target_logprobs, token_loss
+from trace_rl.workers.batch_runner import BatchRunner
+from trace_rl.workers.learner import learner_spec
+
+METHODS = Path(__file__).parent.parent / "configs" / "methods"
+PRESETS = sorted(file.stem for file in METHODS.glob("*.yaml"))
+VOCAB = 24
+RELATIVE = 1e-12
+"""Of a float64 gradient, to its norm: some hundred roundings of 1e-16, summed in another order."""
+
+every_preset = pytest.mark.parametrize("preset", PRESETS)
+
+# By prompt: reward, number of tokens, spans of its completions. A completion of 16 tokens is truncated.
+GROUPS: dict[str, list[tuple[float, int, list[tuple[str, int, int]]]]] = {
+    "mixed": [
+        (1.0, 9, [("key", 2, 5)]),
+        (0.0, 7, [("error", 3, 5)]),
+        (1.0, 6, []),
+        (0.0, 16, []),
+    ],
+    "right": [(1.0, 8, [("key", 0, 2)]), (1.0, 5, []), (1.0, 1, [])],
+    "whole": [(1.0, 6, [("key", 0, 6)]), (0.0, 9, [("error", 6, 9), ("error", 0, 2)])],
+    "wrong": [(0.0, 8, [("error", 4, 6)]), (0.0, 5, [("error", 0, 5)]), (0.0, 1, [])],
+}
+MAX_TOKENS = 16
+HOMOGENEOUS = {"right", "wrong"}
+
+
+class Tokenizer:
+    """A token per character, and one for thinking."""
+
+    def apply_chat_template(self, conversation: Sequence[dict[str, str]], **kwargs: Any) -> list[int]:
+        ids = [2 + ord(character) % (VOCAB - 2) for character in conversation[-1]["content"]]
+        return [*ids, 1] if kwargs.get("enable_thinking") else ids
+
+
+class TinyModel(nn.Module):
+    """A causal language model in float64: each state mixes a token with the mean of all up to it."""
+
+    def __init__(self, seed: int, vocab: int = VOCAB, hidden: int = 6) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        for name, shape in (
+            ("embedding", (VOCAB, hidden)),
+            ("mixing", (2 * hidden, hidden)),
+            ("head", (vocab, hidden)),
+        ):
+            setattr(self, name, nn.Parameter(torch.randn(*shape, generator=generator, dtype=torch.float64)))
+
+    def states(self, input_ids: Tensor) -> Tensor:
+        own = self.embedding[input_ids]
+        mean = own.cumsum(-2) / torch.arange(1, input_ids.shape[-1] + 1).unsqueeze(-1)
+        return torch.tanh(torch.cat([own, mean], -1) @ self.mixing)
+
+    def logits(self, packed: MicroBatch) -> Tensor:
+        return self.states(packed.input_ids).flatten(0, 1)[packed.row_index] @ self.head.T
+
+
+class RoundedModel(TinyModel):
+    """Its states are float32 numbers, so that nothing is lost when they are shipped as a teacher's."""
+
+    def states(self, input_ids: Tensor) -> Tensor:
+        exact = super().states(input_ids)
+        return exact + (exact.float().double() - exact).detach()
+
+
+class ModelTeacher:
+    """Scores requests with a model, as the teacher's actor does."""
+
+    def __init__(self, model: TinyModel) -> None:
+        self._model = model
+
+    def refresh(self, step: int) -> bool:
+        return False
+
+    @torch.no_grad()
+    def score(self, requests: Sequence[TeacherRequest]) -> list[TeacherRows]:
+        return [self._rows(request) for request in requests]
+
+    def _rows(self, request: TeacherRequest) -> TeacherRows:
+        ids = torch.tensor([request.teacher_prompt_token_ids + request.token_ids])
+        predicting = packing.predicting_positions(len(request.teacher_prompt_token_ids), request.positions)
+        states = self._model.states(ids)[0, predicting]
+        logprobs = (states @ self._model.head.T / request.temperature).log_softmax(-1)
+        targets = torch.tensor([request.token_ids[position] for position in request.positions])
+        found = {
+            "states": states.float(),
+            "logprobs": logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1).float(),
+            "entropy": -(logprobs.exp() * logprobs).sum(-1).float(),
+        }
+        rows = {name: (value if name in request.outputs else value[:0]).numpy() for name, value in found.items()}
+        return TeacherRows(
+            request.key, request.view, request.positions, rows["states"], rows["logprobs"], rows["entropy"]
+        )
+
+
+POLICY, OLD_POLICY, TEACHER = TinyModel(1), TinyModel(1), TinyModel(2)
+with torch.no_grad():
+    # one or two optimizer steps ago: ratios on both sides of every clip range
+    for _parameter in OLD_POLICY.parameters():
+        _parameter += 0.1 * torch.randn(
+            _parameter.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+        )
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step of a preset up to the learner."""
+
+    config: RunConfig
+    routed: Sequence[RoutedRollout]
+    batch: TrainingBatch
+    objective: Objective
+    head: Tensor
+    """The teacher's."""
+
+    @property
+    def sequences(self) -> tuple[TrainingSequence, ...]:
+        return self.batch.sequences
+
+
+Change = Callable[[RunConfig], RunConfig]
+Edit = Callable[[list[AnnotatedRollout]], list[AnnotatedRollout]]
+
+
+def preset_config(preset: str, *overrides: str) -> RunConfig:
+    """A preset on a minimal base; top-k supports are made smaller than the vocabulary."""
+    file = METHODS / f"{preset}.yaml"
+    text = file.read_text()
+    given = [
+        "model.path=some/model",
+        "model.dtype=float32",
+        "data.path=some.jsonl",
+        "sampling.prompts_per_step=4",
+        "sampling.max_prompt_tokens=8",
+        f"sampling.max_response_tokens={MAX_TOKENS}",
+        "learner.max_tokens_per_micro_batch=40",
+    ]
+    if "type: external" in text:
+        given.append("teacher.weights.path=some/teacher")
+    return load_config([file], [*given, *overrides])
+
+
+def with_routes(config: RunConfig, change: Callable[[Route], Route | None]) -> RunConfig:
+    """The configuration with every route changed, or left out where `change` gives None."""
+    routes = {name: new for name, route in config.algorithm.routes.items() if (new := change(route)) is not None}
+    return config.model_copy(update={"algorithm": config.algorithm.model_copy(update={"routes": routes})})
+
+
+def small_supports(config: RunConfig) -> RunConfig:
+    def change(route: Route) -> Route:
+        support = getattr(route.action, "support", None)
+        if support is None or support.type != "topk":
+            return route
+        smaller = route.action.model_copy(update={"support": support.model_copy(update={"k": 5})})
+        return route.model_copy(update={"action": smaller})
+
+    return with_routes(config, change)
+
+
+def encoder_of(config: RunConfig) -> PromptEncoder:
+    return PromptEncoder(Tokenizer(), "", config.model.chat_template_kwargs, config.teacher.chat_template_kwargs)
+
+
+def annotated_rollouts(config: RunConfig, step: int) -> list[AnnotatedRollout]:
+    """The completions of GROUPS; those of another sampler have no log-probs."""
+    random = np.random.default_rng(5)
+    source = config.sampling.source
+    elsewhere = set() if source == "policy" else set(GROUPS if config.sampling.off_policy_frac == 1 else ["mixed"])
+    found = []
+    for name, completions in GROUPS.items():
+        prompt = Prompt(name, f"{name}?", "42", solution=f"{name} is 42")
+        ids = encoder_of(config).student_ids(prompt)
+        for sample, (reward, time, spans) in enumerate(completions):
+            tokens, logprobs = random.integers(2, VOCAB, time).tolist(), -4 * random.random(time).astype(np.float32)
+            is_policy = name not in elsewhere
+            rollout = Rollout(
+                prompt,
+                sample,
+                ids,
+                tuple(tokens),
+                logprobs if is_policy else np.full(time, np.nan, dtype=np.float32),
+                "length" if time == MAX_TOKENS else "stop",
+                step if is_policy else NOT_THE_POLICY,
+                f"sample {sample} says 42",
+            )
+            feedback, reflection = ("", "") if reward else ("Not 42.", "A case is missing.")
+            graded = GradedRollout(rollout, reward, "graded", feedback)
+            marks = tuple(Span(start, end, kind, f"{kind}_type") for kind, start, end in spans)
+            found.append(AnnotatedRollout(graded, marks, "annotated", reflection=reflection if spans else ""))
+    return found
+
+
+def make_case(
+    preset: str,
+    step: int = 0,
+    change: Change = lambda config: config,
+    edit: Edit = lambda rollouts: rollouts,
+    policy: TinyModel = POLICY,
+    teacher: TinyModel = TEACHER,
+) -> Case:
+    """Run the stages between the annotator and the learner, as the loop does."""
+    config = change(small_supports(preset_config(preset)))
+    objective = objective_of(config.algorithm, config.sampling.temperature)
+    runner = BatchRunner(
+        lambda packed, read: read(policy.logits(packed), packed),  # type: ignore[arg-type]
+        config.learner,
+        objective,
+        (0, 1),
+        torch.device("cpu"),
+    )
+    runner.set_teacher_head(teacher.head.detach())
+    routed, batch = stages(config, step, edit(annotated_rollouts(config, step)), teacher, runner)
+    return Case(config, routed, batch, objective, teacher.head.detach())
+
+
+def stages(
+    config: RunConfig, step: int, annotated: list[AnnotatedRollout], teacher: TinyModel, learner: Any
+) -> tuple[Sequence[RoutedRollout], TrainingBatch]:
+    roles: Any = SimpleNamespace(encoder=encoder_of(config), teacher=ModelTeacher(teacher), learner=learner)
+    candidates = route_rollouts(annotated, config, step)
+    evidence = _ask_teacher(config, roles, candidates, step)
+    return _rank_and_weigh(config, roles, candidates, evidence, step)
+
+
+def parts_of(case: Case, packed: MicroBatch, policy: TinyModel, old: TinyModel | None) -> LossParts:
+    """The loss of a micro-batch in float64."""
+    rows, hidden = packed.rows.to(torch.float64), packed.teacher_hidden.double()
+    logits = policy.logits(packed)
+    teacher = hidden @ case.head.T if len(hidden) else logits.new_zeros(0, VOCAB)
+    before = None
+    if old is not None:
+        with torch.no_grad():
+            before = target_logprobs(old.logits(packed), rows.targets, case.objective.sampling_temperature)
+    return token_loss(logits, rows, case.objective, teacher, before)[0]
+
+
+def evaluate(
+    case: Case,
+    split: Sequence[Sequence[int]],
+    old: TinyModel | None = None,
+    policy: TinyModel = POLICY,
+    part: str = "total",
+) -> tuple[float, Tensor]:
+    """Loss and flat gradient, accumulated over micro-batches of the case's sequences."""
+    policy.zero_grad()
+    loss = 0.0
+    for indices in split:
+        value = getattr(parts_of(case, pack([case.sequences[index] for index in indices]), policy, old), part)
+        if value.requires_grad:
+            value.backward()
+        loss += value.item()
+    zeros = (torch.zeros_like(parameter) for parameter in policy.parameters())
+    gradients = [
+        zero if parameter.grad is None else parameter.grad.clone()
+        for parameter, zero in zip(policy.parameters(), zeros, strict=True)
+    ]
+    return loss, torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def whole(case: Case) -> list[list[int]]:
+    return [list(range(len(case.sequences)))]
+
+
+def splits(case: Case) -> list[list[list[int]]]:
+    """One by one; in two orders; and as ranks would get them under several budgets, empty micro-batches included."""
+    count = len(case.sequences)
+    shuffled = np.random.default_rng(9).permutation(count).tolist()
+    lengths = [packing.num_tokens(sequence) for sequence in case.sequences]
+    plans = [plan_micro_batches(lengths, max_tokens, ranks) for max_tokens, ranks in ((24, 2), (60, 5), (1000, 3))]
+    return [
+        [[index] for index in range(count)],
+        [list(range(count))[::-1]],
+        [shuffled[:3], shuffled[3:]],
+        *([list(batch) for rank in plan for batch in rank] for plan in plans),
+    ]
+
+
+def assert_same(found: tuple[float, Tensor], expected: tuple[float, Tensor]) -> None:
+    """Equal up to roundings."""
+    size = max(1e-3, float(expected[1].norm()), abs(expected[0]))
+    assert abs(found[0] - expected[0]) <= RELATIVE * size
+    assert float((found[1] - expected[1]).norm()) <= RELATIVE * size
+
+
+def every_token_routed(config: RunConfig) -> RunConfig:
+    def change(route: Route) -> Route:
+        is_ranked = isinstance(route.selector.tokens, Top)
+        return route if is_ranked else route.model_copy(update={"selector": Selector.model_validate({"tokens": "all"})})
+
+    return with_routes(config, change)
+
+
+def without_spans(rollouts: list[AnnotatedRollout]) -> list[AnnotatedRollout]:
+    return [replace(item, spans=()) for item in rollouts]
+
+
+def one_token_each(rollouts: list[AnnotatedRollout]) -> list[AnnotatedRollout]:
+    """Every completion ends after its first token, which is all of its span where it had one."""
+    found = []
+    for item in rollouts:
+        rollout = item.graded.rollout
+        cut = replace(rollout, token_ids=rollout.token_ids[:1], rollout_logprobs=rollout.rollout_logprobs[:1])
+        spans = tuple(replace(span, start=0, end=1) for span in item.spans[:1])
+        found.append(replace(item, graded=replace(item.graded, rollout=cut), spans=spans))
+    return found
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "start": {},
+    "half_of_the_ramp": {"step": 25},
+    "every_token_routed": {"change": every_token_routed},
+    "one_token_each": {"edit": one_token_each},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@every_preset
+def test_the_split_and_the_order_of_sequences_change_nothing(preset: str, variant: str) -> None:
+    case = make_case(preset, **VARIANTS[variant])
+    # a ramp without an action leaves nothing at step 0 of tokens that are all routed
+    has_terms = any((s.pg_weight * s.advantages).any() or s.route_weight.any() for s in case.sequences)
+    assert has_terms or preset == "trace_ramp_only"
+    for old in (None, OLD_POLICY):
+        expected = evaluate(case, whole(case), old)
+        assert np.isfinite(expected[0]) and expected[1].isfinite().all()
+        assert (expected[1].norm() > 1e-3) == has_terms
+        for split in splits(case):
+            assert sorted(index for indices in split for index in indices) == whole(case)[0]
+            assert_same(evaluate(case, split, old), expected)
+
+
+@every_preset
+def test_accumulated_gradients_are_that_of_the_sum(preset: str) -> None:
+    case = make_case(preset)
+    POLICY.zero_grad()
+    parts = [parts_of(case, pack([sequence]), POLICY, OLD_POLICY) for sequence in case.sequences]
+    total = torch.stack([part.total for part in parts]).sum()
+    total.backward()
+    gradient = torch.cat([parameter.grad.flatten() for parameter in POLICY.parameters()])
+    assert_same(evaluate(case, [[index] for index in whole(case)[0]], OLD_POLICY), (total.item(), gradient))
+
+
+@every_preset
+def test_more_padding_changes_nothing(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(preset)
+    expected = evaluate(case, whole(case), OLD_POLICY)
+    pad = packing.right_pad
+
+    def longer(sequences: Sequence[tuple[int, ...]]) -> tuple[Tensor, ...]:
+        # one sequence more, longer than all, that is then left away
+        padded = pad([*sequences, (0,) * 50])
+        return tuple(each[:-1] for each in padded)
+
+    monkeypatch.setattr(packing, "right_pad", longer)
+    assert pack(case.sequences).input_ids.shape[1] == 50
+    assert_same(evaluate(case, whole(case), OLD_POLICY), expected)
+
+
+@every_preset
+def test_the_order_of_rows_changes_nothing(preset: str) -> None:
+    case = make_case(preset)
+    packed = pack(case.sequences)
+    random = torch.Generator().manual_seed(4)
+    order = torch.randperm(len(packed.row_index), generator=random)
+    routed = torch.randperm(len(packed.rows.route_row), generator=random)
+    states = torch.randperm(len(packed.teacher_hidden), generator=random)
+    rows = packed.rows
+    teacher_row = torch.argsort(states)[rows.teacher_row.clamp(min=0)] if len(states) else rows.teacher_row
+    moved = replace(
+        rows,
+        **{name: getattr(rows, name)[order] for name in ("targets", "sequence", "advantages", "pg_weight")},
+        rollout_logprobs=rows.rollout_logprobs[order],
+        route_row=torch.argsort(order)[rows.route_row][routed],
+        route_index=rows.route_index[routed],
+        route_weight=rows.route_weight[routed],
+        teacher_row=torch.where(rows.teacher_row < 0, -1, teacher_row)[routed],
+    )
+    shuffled = replace(
+        packed, rows=moved, row_index=packed.row_index[order], teacher_hidden=packed.teacher_hidden[states]
+    )
+    POLICY.zero_grad()
+    loss = parts_of(case, shuffled, POLICY, OLD_POLICY).total
+    loss.backward()
+    gradient = torch.cat([parameter.grad.flatten() for parameter in POLICY.parameters()])
+    assert_same((loss.item(), gradient), evaluate(case, whole(case), OLD_POLICY))
+
+
+@every_preset
+def test_the_order_of_arrival_changes_no_bit_of_the_batch(preset: str) -> None:
+    def shuffle(rollouts: list[AnnotatedRollout]) -> list[AnnotatedRollout]:
+        return [rollouts[index] for index in np.random.default_rng(2).permutation(len(rollouts))]
+
+    assert_equal_batches(make_case(preset).batch, make_case(preset, edit=shuffle).batch)
+
+
+def assert_equal_batches(first: TrainingBatch, second: TrainingBatch) -> None:
+    for one, other in zip(first.sequences, second.sequences, strict=True):
+        for field in fields(TrainingSequence):
+            left, right = getattr(one, field.name), getattr(other, field.name)
+            if isinstance(left, np.ndarray):
+                assert np.array_equal(left, right, equal_nan=True), field.name
+            else:
+                assert left == right, field.name
+
+
+@every_preset
+def test_a_live_teacher_without_a_context_teaches_nothing(preset: str) -> None:
+    policy = RoundedModel(1)
+
+    def blind(config: RunConfig) -> RunConfig:
+        config = with_routes(config, lambda route: route.model_copy(update={"context": None}))
+        teacher = config.teacher.model_copy(update={"context": Context(), "chat_template_kwargs": {}})
+        return config.model_copy(update={"teacher": teacher})
+
+    def sampled(rollouts: list[AnnotatedRollout]) -> list[AnnotatedRollout]:
+        return [on_policy(item, policy, preset_config(preset).sampling.temperature) for item in rollouts]
+
+    case = make_case(preset, change=blind, edit=sampled, policy=policy, teacher=policy)
+    taught = tuple(route for route in case.objective.routes if "states" in route.action.reads)
+    only_taught = replace(case, objective=replace(case.objective, routes=taught))
+    for old in (None, OLD_POLICY):
+        loss, gradient = evaluate(only_taught, whole(case), old, policy, part="routed")
+        assert abs(loss) < 1e-12 and gradient.norm() < 1e-12
+    if taught:  # the same tokens say something under another teacher
+        told = replace(only_taught, head=TEACHER.head.detach())
+        assert evaluate(told, whole(case), None, policy, part="routed")[1].norm() > 1e-4
+    routes = list(case.config.algorithm.routes.values())
+    for item, sequence in zip(case.routed, case.sequences, strict=True):
+        for tokens in item.routed:
+            route = routes[tokens.route]
+            if isinstance(route.action, AdvantageAction) and route.reads:
+                left = item.advantage * route.policy_weight(0)
+                assert sequence.advantages[tokens.positions].tolist() == pytest.approx(
+                    [left] * len(tokens.positions), abs=1e-5
+                )
+
+
+@torch.no_grad()
+def on_policy(item: AnnotatedRollout, policy: TinyModel, temperature: float) -> AnnotatedRollout:
+    """The completion with the log-probs that this policy gives it."""
+    rollout = item.graded.rollout
+    ids = torch.tensor([rollout.prompt_token_ids + rollout.token_ids])
+    logits = policy.states(ids)[0, len(rollout.prompt_token_ids) - 1 : -1] @ policy.head.T
+    found = target_logprobs(logits, torch.tensor(rollout.token_ids), temperature).float().numpy()
+    known = np.where(np.isnan(rollout.rollout_logprobs), np.nan, found)
+    return replace(item, graded=replace(item.graded, rollout=replace(rollout, rollout_logprobs=known)))
+
+
+@every_preset
+def test_only_the_policy_gets_a_gradient(preset: str) -> None:
+    case = make_case(preset)
+    packed = pack(case.sequences)
+    hidden, head = packed.teacher_hidden.double().requires_grad_(), case.head.clone().requires_grad_()
+    constants = {name: value for name, value in vars(packed.rows).items() if isinstance(value, Tensor)}
+    assert not any(value.requires_grad for value in constants.values())
+    rows = packed.rows.to(torch.float64)
+    rows = replace(rows, rollout_logprobs=rows.rollout_logprobs.requires_grad_())
+    logits = POLICY.logits(packed)
+    teacher = hidden @ head.T if len(hidden) else logits.new_zeros(0, VOCAB)
+    loss = token_loss(logits, rows, case.objective, teacher)[0].total
+    watched = [hidden, head, rows.rollout_logprobs, *TEACHER.parameters()]
+    assert torch.autograd.grad(loss, watched, allow_unused=True) == (None,) * len(watched)
+
+
+@every_preset
+def test_homogeneous_groups_have_no_policy_gradient_outside_routes(preset: str) -> None:
+    case = make_case(preset)
+    of_batch = case.config.algorithm.advantage
+    kept = []
+    for item, sequence in zip(case.routed, case.sequences, strict=True):
+        outside = np.ones(len(sequence.token_ids), dtype=np.float32)
+        for tokens in item.routed:
+            outside[tokens.positions] = 0
+        if sequence.key.prompt_id in HOMOGENEOUS:
+            kept.append(replace(sequence, pg_weight=sequence.pg_weight * outside))
+    alone = replace(case, batch=replace(case.batch, sequences=tuple(kept)))
+    for old in (None, OLD_POLICY):
+        _, gradient = evaluate(alone, whole(alone), old, part="policy")
+        if isinstance(of_batch, Whitened) and of_batch.baseline == "none":
+            assert gradient.norm() > 1e-3  # compared with the batch, a group of equal rewards says something
+        else:
+            assert gradient.norm() == 0
+    if sum(len(sequence.route_positions) for sequence in kept):
+        assert evaluate(alone, whole(alone), None, part="routed")[1].norm() > 1e-4
+
+
+def without_routes(config: RunConfig) -> RunConfig:
+    return with_routes(config, lambda route: None)
+
+
+def assert_is_the_plain_policy_gradient(case: Case, plain: Case) -> None:
+    assert_equal_batches(case.batch, plain.batch)
+    for old in (None, OLD_POLICY):
+        for split in (whole(case), splits(case)[0]):
+            (loss, gradient), (plain_loss, plain_gradient) = evaluate(case, split, old), evaluate(plain, split, old)
+            assert loss == plain_loss and torch.equal(gradient, plain_gradient)
+
+
+@every_preset
+def test_without_spans_a_method_of_spans_is_its_policy_gradient_bit_for_bit(preset: str) -> None:
+    def of_spans(config: RunConfig) -> RunConfig:
+        return with_routes(config, lambda route: route if route.selector.tokens.span_classes else None)
+
+    case = make_case(preset, change=of_spans, edit=without_spans)
+    assert not any(item.routed for item in case.routed)
+    assert_is_the_plain_policy_gradient(case, make_case(preset, change=without_routes))
+
+
+@every_preset
+def test_at_weight_zero_a_method_is_its_policy_gradient_bit_for_bit(preset: str) -> None:
+    def ended(config: RunConfig) -> RunConfig:
+        return with_routes(config, lambda route: route.model_copy(update={"schedule": Constant(value=0)}))
+
+    assert_is_the_plain_policy_gradient(make_case(preset, change=ended), make_case(preset, change=without_routes))
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name.startswith("trace")])
+def test_trace_ends_at_step_40(preset: str) -> None:
+    plain = make_case("grpo", step=40)
+    assert_is_the_plain_policy_gradient(make_case(preset, step=40), plain)
+
+
+@every_preset
+def test_routed_tokens_leave_the_policy_gradient_what_on_routed_says(preset: str) -> None:
+    # With every token in a route that replaces the policy gradient (a ramp does at step 0) nothing of it is left.
+    case = make_case(preset, change=every_token_routed)
+    routes = list(case.config.algorithm.routes.values())
+    taken = [routes[index] for index in {tokens.route for item in case.routed for tokens in item.routed}]
+    is_replaced = any(r.on_routed != "keep" and not isinstance(r.action, AdvantageAction) for r in taken)
+    _, gradient = evaluate(case, whole(case), part="policy")
+    if is_replaced or not case.config.algorithm.has_policy_gradient:
+        assert gradient.norm() == 0
+    else:
+        assert gradient.norm() > 1e-3
+
+
+# Real engines. The model is built by `build_tiny_model`; its teacher is a TinyModel with as large a vocabulary.
+
+ENGINE_TEACHER = TinyModel(6, vocab=300)
+with torch.no_grad():
+    ENGINE_TEACHER.head *= 0.3
+TOLERANCE = 2e-6
+"""Largest difference of a weight after one step that moves some weights by 1e-3 and more, in float32."""
+OPTIMIZER = ("learning_rate=0.05", "epsilon=0.1", "max_grad_norm=100.0")
+"""A large epsilon makes AdamW's first step nearly proportional to the gradient, which it otherwise only signs."""
+
+
+def engine_step(preset: str, model_path: str, group: Group, world_size: int, zero_stage: int) -> dict[str, Any]:
+    """Weights before and after one training step of a preset, and its gradient norm."""
+    settings = [f"learner.world_size={world_size}", f"learner.zero_stage={zero_stage}", f"model.path={model_path}"]
+    config = preset_config(preset, *settings, *(f"learner.optimizer.{each}" for each in OPTIMIZER))
+    group.build(learner_spec(config), ENGINE_TEACHER.head.detach().float())
+
+    def score(batch: TrainingBatch) -> list[Any]:
+        return [item for rank in group.all("call", "score", batch) for item in rank]
+
+    learner = SimpleNamespace(score=score)
+    _, batch = stages(config, 0, annotated_rollouts(config, 0), ENGINE_TEACHER, learner)
+    before = group.weights()
+    report = group.train([batch])[0]
+    assert report.num_micro_batches > 1
+    return {"before": before, "after": group.weights(), "norm": report.grad_norms[0]}
+
+
+@pytest.fixture(scope="module")
+def step_on_one_rank(groups: dict[int, Group], model_path: str) -> Callable[[str], dict[str, Any]]:
+    """A step on one rank without ZeRO, once a preset."""
+    kept: dict[str, dict[str, Any]] = {}
+
+    def step(preset: str) -> dict[str, Any]:
+        if preset not in kept:
+            kept[preset] = engine_step(preset, model_path, groups[1], world_size=1, zero_stage=0)
+        return kept[preset]
+
+    return step
+
+
+def assert_same_step(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert gap(expected["before"], found["before"]) == 0
+    assert gap(expected["before"], expected["after"]) > 1e-3
+    assert found["norm"] == pytest.approx(expected["norm"], rel=1e-5)
+    assert gap(expected["after"], found["after"]) <= TOLERANCE
+
+
+@pytest.mark.engine
+@every_preset
+def test_the_world_size_changes_nothing(
+    preset: str, groups: dict[int, Group], model_path: str, step_on_one_rank: Callable[[str], dict[str, Any]]
+) -> None:
+    assert_same_step(engine_step(preset, model_path, groups[2], world_size=2, zero_stage=2), step_on_one_rank(preset))
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+@pytest.mark.parametrize("preset", ["grpo", "trace_both", "sdpo", "gspo"])
+def test_the_zero_stage_changes_nothing(
+    preset: str,
+    zero_stage: int,
+    groups: dict[int, Group],
+    model_path: str,
+    step_on_one_rank: Callable[[str], dict[str, Any]],
+) -> None:
+    found = engine_step(preset, model_path, groups[2], world_size=2, zero_stage=zero_stage)
+    assert_same_step(found, step_on_one_rank(preset))
