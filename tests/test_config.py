@@ -145,7 +145,7 @@ NLL = {"routes": {"r": {"selector": ALL, "action": "nll"}}, **NO_PG}
             {"algorithm": {"routes": {"r": {"selector": ALL, "action": {"type": "jsd", "support": "sampled"}}}}},
             "action jsd has no estimator from the sampled token",
         ),
-        ({"algorithm": {"advantage": "gruop"}}, "type 'gruop'; did you mean 'group'?"),
+        ({"algorithm": {"advantage": "gruop"}}, "the type 'gruop'; did you mean 'group'?"),
     ],
 )
 def test_what_does_not_go_together_is_refused(sections: dict[str, Any], sentence: str) -> None:

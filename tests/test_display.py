@@ -8,7 +8,7 @@ from trace_rl.launch.display import Display
 
 METRICS = {
     "reward/mean": 0.5,
-    "loss/kl": 0.01234,
+    "loss/routed": 0.01234,
     "route/token_frac": 0.2,
     "policy/entropy_nats": 0.75,
     "response/length_mean_tokens": 31.25,
@@ -37,8 +37,8 @@ def test_a_step_is_one_plain_line_however_narrow_the_console() -> None:
         display.step(0, METRICS)
         display.step(59, {"reward/mean": 1.0})
     assert file.getvalue().splitlines() == [
-        "step  1/60  reward 0.500  KL 0.0123  routed 20.0%  entropy 0.750  length 31.2  grad 0.125  gap 1.2e-05"
-        "  time 3.4 s",
+        "step  1/60  reward 0.500  routed loss 0.0123  routed 20.0%  entropy 0.750  length 31.2  grad 0.125  "
+        "gap 1.2e-05  time 3.4 s",
         "step 60/60  reward 1.000",
     ]
 

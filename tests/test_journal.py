@@ -11,7 +11,18 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from trace_rl.batch import AnnotatedRollout, GradedRollout, Prompt, Rollout, RoutedRollout, Span
+from trace_rl.batch import (
+    AnnotatedRollout,
+    GradedRollout,
+    GroupMember,
+    Prompt,
+    Rollout,
+    RoutedRollout,
+    RoutedTokens,
+    Span,
+    TrainingBatch,
+    TrainingSequence,
+)
 from trace_rl.config.roles import Logging
 from trace_rl.config.run import RunConfig
 from trace_rl.errors import ConfigError
@@ -61,8 +72,31 @@ def make_rollout(sample: int) -> RoutedRollout:
         text="größer",
     )
     annotated = AnnotatedRollout(GradedRollout(rollout, 1.0, "graded"), (Span(1, 3, "key", "arith"),), "annotated")
-    return RoutedRollout(
-        annotated, 0.5, np.array([1.0, 0.25, 0.25]), np.array([-1, 0, 0]), np.array([0.0, 0.375, 0.375])
+    return RoutedRollout(GroupMember(annotated, (annotated,)), 0.5, (RoutedTokens(0, np.array([1, 2]), 0.375),))
+
+
+def batch_of(*routed: RoutedRollout) -> TrainingBatch:
+    """What the learner would get: only the arrays that are written down matter here."""
+    none, index = np.zeros(0), np.zeros(0, dtype=np.int64)
+    return TrainingBatch(
+        0,
+        0,
+        tuple(
+            TrainingSequence(
+                key=item.key,
+                prompt_token_ids=(1, 2),
+                token_ids=item.member.rollout.token_ids,
+                rollout_logprobs=none,
+                advantages=np.array([0.5, 0.5, 0.75]),
+                pg_weight=np.array([1.0, 0.25, 0.25]),
+                route_positions=index,
+                route_index=index,
+                route_weight=none,
+                teacher_row=index,
+                teacher_hidden=np.zeros((0, 0)),
+            )
+            for item in routed
+        ),
     )
 
 
@@ -139,7 +173,7 @@ def test_a_resumed_run_still_knows_the_accuracy_of_the_base_model(tmp_path: Path
 
 
 def test_stored_rollouts_show_what_was_routed(tmp_path: Path) -> None:
-    make_journal(tmp_path, rollouts_every=2).log_rollouts(4, [make_rollout(0)])
+    make_journal(tmp_path, rollouts_every=2).log_rollouts(4, [make_rollout(0)], batch_of(make_rollout(0)))
     text = (tmp_path / "rollouts" / "step-000004.jsonl").read_text(encoding="utf-8")
     assert "größer" in text
     assert json.loads(text) == {
@@ -154,25 +188,28 @@ def test_stored_rollouts_show_what_was_routed(tmp_path: Path) -> None:
         "reward": 1.0,
         "grade_cause": "graded",
         "advantage": 0.5,
+        "feedback": "",
         "annotation_cause": "annotated",
+        "reflection": "",
         "spans": [{"start": 1, "end": 3, "class": "key", "type": "arith"}],
         "pg_weight": [1.0, 0.25, 0.25],
-        "kl_weight": [0.0, 0.375, 0.375],
-        "route_index": [-1, 0, 0],
+        "token_advantages": [0.5, 0.5, 0.75],
+        "routes": [{"route": 0, "weight": 0.375, "positions": [1, 2]}],
     }
 
 
 def test_rollouts_are_stored_every_few_steps_and_a_few_at_a_time(tmp_path: Path) -> None:
     journal = make_journal(tmp_path, rollouts_every=2, rollouts_per_step=3)
     for step in range(5):
-        journal.log_rollouts(step, [make_rollout(sample) for sample in range(8)])
+        rollouts = [make_rollout(sample) for sample in range(8)]
+        journal.log_rollouts(step, rollouts, batch_of(*rollouts))
     files = sorted((tmp_path / "rollouts").iterdir())
     assert [file.name for file in files] == ["step-000000.jsonl", "step-000002.jsonl", "step-000004.jsonl"]
     assert {len(file.read_text(encoding="utf-8").splitlines()) for file in files} == {3}
 
 
 def test_no_rollouts_are_stored_when_that_is_off(tmp_path: Path) -> None:
-    make_journal(tmp_path, rollouts_every=0).log_rollouts(0, [make_rollout(0)])
+    make_journal(tmp_path, rollouts_every=0).log_rollouts(0, [make_rollout(0)], batch_of(make_rollout(0)))
     assert not (tmp_path / "rollouts").exists()
 
 

@@ -5,9 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from trace_rl.advantages import GroupAdvantage
 from trace_rl.config.run import RunConfig
+from trace_rl.config.teacher import Periodic
 from trace_rl.errors import ConfigError
 from trace_rl.overlays import dump_config, load_config
+from trace_rl.policy_gradients import Cispo, Gspo
+from trace_rl.row_actions import Fkl
 
 BASE = """\
 model: {path: m}
@@ -84,10 +88,56 @@ def test_overrides_reach_into_a_route(write: Write) -> None:
     config = load(
         write,
         ROUTE,
-        overrides=("algorithm.routes.first.clip.mode=vocab_clamp", "algorithm.routes.first.schedule.value=0.125"),
+        overrides=(
+            "algorithm.routes.first.action.clip.mode=vocab_clamp",
+            "algorithm.routes.first.schedule.value=0.125",
+        ),
     )
     route = config.algorithm.routes["first"]
-    assert (route.clip.mode, route.schedule.model_dump()["value"]) == ("vocab_clamp", 0.125)
+    assert isinstance(route.action, Fkl)
+    assert (route.action.clip.mode, route.schedule.model_dump()["value"]) == ("vocab_clamp", 0.125)
+
+
+def test_a_kind_given_by_name_keeps_it_when_a_setting_of_it_is_given(write: Write) -> None:
+    by_name = "algorithm: {policy_gradient: gspo}"
+    overrides = ("algorithm.policy_gradient.clip_high=0.5",)
+    assert load(write, by_name, overrides=overrides).algorithm.policy_gradient == Gspo(clip_high=0.5)
+    other = "algorithm: {policy_gradient: {type: cispo}}"
+    assert load(write, by_name, other).algorithm.policy_gradient == Cispo()
+
+
+def test_settings_of_a_kind_that_nobody_named_are_those_of_the_default(write: Write) -> None:
+    assert load(write, overrides=("algorithm.advantage.std=none",)).algorithm.advantage == GroupAdvantage(std="none")
+    assert load(write, ROUTE, overrides=("teacher.weights.every=3",)).teacher.weights == Periodic(every=3)
+
+
+def test_a_kind_without_a_type_is_one_sentence(write: Write) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(write, "algorithm: {advantage: !replace {std: none}}")
+    expected = "algorithm.advantage has no type; give a name, or a mapping with type: one of group, leave_one_out, none"
+    assert expected in str(caught.value)
+
+
+def test_plugins_are_imported_before_the_rest_is_read(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (
+        "from typing import Literal\n"
+        "from trace_rl.schedules import Schedule\n"
+        "class Never(Schedule):\n"
+        "    type: Literal['never_plugin'] = 'never_plugin'\n"
+        "    peak = property(lambda self: 0.0)\n"
+        "    def at(self, step): return 0.0\n"
+    )
+    (tmp_path / "plugged_schedule.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    plugged = ROUTE.replace("constant, value: 0.25", "never_plugin")
+    assert (
+        load(write, plugged, overrides=("plugins=[plugged_schedule]",)).algorithm.routes["first"].schedule.type
+        == "never_plugin"
+    )
+    with pytest.raises(ConfigError, match=r"plugins names 'no_such_module', which cannot be imported"):
+        load(write, ROUTE, overrides=("plugins=no_such_module",))
 
 
 def test_extends_is_merged_below_the_file_that_names_it(write: Write, tmp_path: Path) -> None:
@@ -132,8 +182,8 @@ def test_values_with_an_equals_sign_stay_whole(write: Write) -> None:
         ("extends: 1.yaml\n", (), "1.yaml extends itself"),
         (ROUTE.replace("value", "valeu"), (), "1.yaml:6: unknown key algorithm.routes.first.schedule.valeu; did you"),
         (ROUTE.replace("constant", "cosine"), (), "algorithm.routes.first.schedule"),
-        (ROUTE.replace("fkl", "kl"), (), "1.yaml:5: algorithm.routes.first.action is 'kl'; input should be 'fkl'"),
-        (ROUTE.replace("correct", "wrong"), (), "routes.first.selector asks for key_spans of wrong rollouts"),
+        (ROUTE.replace("fkl", "kl"), (), "1.yaml:5: algorithm.routes.first.action has the type 'kl'; did you mean"),
+        (ROUTE.replace("correct", "wrong"), (), "1.yaml:4: selector asks for key_spans of wrong rollouts"),
         ("name: a\x00b", (), "1.yaml: not valid YAML"),
         ("data: {task: {min_steps: 9}}\n", (), "1.yaml:1: min_steps=9 exceeds max_steps=6"),
     ],

@@ -153,18 +153,18 @@ def test_a_missing_data_file_is_named(configure: Configure, tmp_path: Path) -> N
 
 
 def test_positions_count_the_response_and_the_teachers_context(configure: Configure, tmp_path: Path) -> None:
-    # student: 60 + 100; teacher: 3 template tokens + 6 or 7 of the question + the label's text, + 100
+    # student: 60 + 100; teacher: 3 template tokens + 6 or 7 of the question + newline, answer and 300, + 100
     check(configure(model={"path": str(write_model(tmp_path / "fits", positions=160))}))
     message = refusal(configure(model={"path": str(write_model(tmp_path / "short", positions=159))}), ConfigError)
     assert "may have 160 tokens" in message
     assert "max_position_embeddings = 159" in message
-    template = {"type_label": "{question}" + "x" * 300}
+    context = {"pieces": ["answer"], "templates": {"answer": "{answer}" + "x" * 300}}
     routed = configure(
         model={"path": str(tmp_path / "fits")},
         algorithm={"routes": {"r": ROUTE}},
-        teacher={"templates": template},
+        teacher={"context": context},
     )
-    assert "may have 410 tokens" in refusal(routed, ConfigError)
+    assert "may have 413 tokens" in refusal(routed, ConfigError)
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(configure: Configure, tmp_path: Path) -> None:

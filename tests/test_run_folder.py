@@ -220,7 +220,7 @@ def test_the_summary_says_what_was_gained_and_where_to_look(tmp_path: Path) -> N
     evaluations = [Evaluation(0, 0.5, 40), Evaluation(20, 0.6, 40), Evaluation(60, 0.825, 40)]
     outcome = Outcome(evaluations, duration_s=301.4, peak_memory_gib=3.25)
     text = summarise_run(config, RunFolder(tmp_path), outcome)
-    assert text.startswith("# demo: 60 steps of GRPO\n")
+    assert text.startswith("# demo: 60 steps of policy gradient clipped\n")
     assert "pass@1 after 0 steps: 50.0%" in text
     assert "pass@1 after 60 steps: 82.5% (+32.5 points, 40 samples at temperature 1)" in text
     assert "301 s" in text
@@ -234,6 +234,6 @@ def test_the_summary_of_a_run_without_evaluations_or_checkpoints(tmp_path: Path)
         {"model": {"path": "m"}, "data": {"path": "d"}, "algorithm": {"routes": {"key_spans": route}}}
     )
     text = summarise_run(config, RunFolder(tmp_path), Outcome([], 1.0, 1.0))
-    assert "TRACE on key_spans (fkl)" in text
+    assert "policy gradient clipped + fkl on key_spans" in text
     assert "pass@1" not in text
     assert "trained model" not in text

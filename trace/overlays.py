@@ -182,8 +182,10 @@ def _merge(layers: Layers, into: dict[str, Any], tree: Mapping[str, Any], path: 
         if value is None:
             into.pop(key, None)
         elif isinstance(value, dict):
-            if isinstance(value, _Replace) or not value or not isinstance(into.get(key), dict):
-                into[key] = {}
+            below = into.get(key)
+            if isinstance(value, _Replace) or not value or not isinstance(below, dict):
+                is_addition = bool(value) and not isinstance(value, _Replace)
+                into[key] = _named_kind(here, below) if is_addition else {}
             _merge(layers, into[key], value, here, place_of)
         else:
             into[key] = value
@@ -204,8 +206,8 @@ def _explain(problem: Any, layers: Layers) -> str:
         return "\n".join(
             f"{name} is not set; give it in a YAML file or as an override {name}=VALUE" for name in _required(keys)
         )
-    if problem["type"] == "unknown_kind":
-        return f"{prefix}{dotted} has the {problem['msg']}"
+    if problem["type"] in ("unknown_kind", "no_kind"):
+        return f"{prefix}{dotted} has {problem['msg']}"
     if problem["type"] == "value_error":
         return f"{prefix}{problem['ctx']['error']}"
     return f"{prefix}{dotted} is {problem['input']!r}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
@@ -228,6 +230,14 @@ def _models_at(keys: Path_) -> list[type[BaseModel]]:
     for key in keys:
         models = _models_below(models, key) or models  # a name inside a mapping of sections, for example a route's
     return models
+
+
+def _named_kind(keys: Path_, given: Any) -> dict[str, str]:
+    """What settings of the kind at `keys` are added to: the kind that was given by its name, or else the default."""
+    if isinstance(given, str):
+        return {"type": given} if any(issubclass(model, Kind) for model in _models_at(keys)) else {}
+    fields = [model.model_fields[keys[-1]] for model in _models_at(keys[:-1]) if keys[-1] in model.model_fields]
+    return next(({"type": field.default.type} for field in fields if isinstance(field.default, Kind)), {})
 
 
 def _models_below(models: Iterable[type[BaseModel]], key: str) -> list[type[BaseModel]]:

@@ -51,12 +51,17 @@ class Kind(Section):
             value = {"type": value}
         if not cls.is_open():
             return handler(value)
-        found = value.get("type") if isinstance(value, Mapping) else None
+        if not isinstance(value, Mapping) or "type" not in value:
+            names = ", ".join(sorted(cls.kinds))
+            raise PydanticCustomError(
+                "no_kind", "no type; give a name, or a mapping with type: one of {names}", {"names": names}
+            )
+        found = value["type"]
         if found not in cls.kinds or not issubclass(cls.kinds[found], cls):
             known = sorted(name for name, kind in cls.kinds.items() if issubclass(kind, cls))
             near = difflib.get_close_matches(str(found), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
-            raise PydanticCustomError("unknown_kind", "type {found}; {hint}", {"found": repr(found), "hint": hint})
+            raise PydanticCustomError("unknown_kind", "the type {found}; {hint}", {"found": repr(found), "hint": hint})
         chosen: Self = cls.kinds[found].model_validate(value)
         return chosen
 
