@@ -2,15 +2,19 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from trace_rl import loop
 from trace_rl.absent import AbsentAnnotator, AbsentTeacher
-from trace_rl.batch import AnnotatedRollout, GradedRollout, Prompt, Rollout, Span, TeacherRows
+from trace_rl.batch import AnnotatedRollout, GradedRollout, Prompt, Rollout, Span, TeacherRows, TokenStatistics
 from trace_rl.config.run import RunConfig
+from trace_rl.errors import TrainingError
 from trace_rl.loop import Roles, train
 from trace_rl.prompts import PromptEncoder
+from trace_rl.protocols import Decoding
 
 VOCAB = 3
 CORRECT = 1
@@ -45,9 +49,12 @@ class Engine:
     """Samples one token from softmax(weights); what it holds is only changed by a sync."""
 
     def __init__(self):
-        self.weights, self.version = np.zeros(VOCAB), -1
+        self.weights, self.version, self.decodings, self.asked = np.zeros(VOCAB), -1, [], []
 
-    def generate(self, requests, temperature):
+    def generate(self, requests, decoding):
+        self.decodings.append(decoding)
+        self.asked.append(sorted({request.prompt.prompt_id for request in requests}))
+        temperature = decoding.temperature
         logprobs = self.weights / temperature - np.log(np.exp(self.weights / temperature).sum())
         for request in reversed(requests):  # an order of its own: identity is the key
             token = int(np.random.default_rng(request.seed).choice(VOCAB, p=np.exp(logprobs)))
@@ -100,7 +107,17 @@ class Teacher(AbsentTeacher):
 
     def score(self, requests):
         self.scored.append(len(requests))
-        return [TeacherRows(request.key, np.ones((len(request.positions), 2))) for request in requests]
+        return [
+            TeacherRows(
+                request.key,
+                request.view,
+                request.positions,
+                np.ones((len(request.positions), 2)),
+                np.full(len(request.positions), -0.5),
+                np.full(len(request.positions), 0.5),
+            )
+            for request in requests
+        ]
 
 
 class Learner:
@@ -108,15 +125,39 @@ class Learner:
 
     def __init__(self, learning_rate=2.0):
         self.weights, self.learning_rate, self.batches = np.zeros(VOCAB), learning_rate, []
+        self.scored, self.measured, self.entropy = [], [], 1.0
+
+    def logprobs(self):
+        return self.weights - np.log(np.exp(self.weights).sum())
 
     def train_step(self, batch):
         self.batches.append(batch)
         p = np.exp(self.weights) / np.exp(self.weights).sum()
         gradient = np.zeros(VOCAB)
         for sequence in batch.sequences:
-            gradient += sequence.pg_weight[0] * sequence.advantage * (np.eye(VOCAB)[sequence.token_ids[0]] - p)
+            gradient += sequence.pg_weight[0] * sequence.advantages[0] * (np.eye(VOCAB)[sequence.token_ids[0]] - p)
         self.weights = self.weights + self.learning_rate * gradient
-        return {"loss/total": 0.0}
+        return {"loss/total": 0.0, "policy/entropy_nats": self.entropy}
+
+    def score(self, batch):
+        """Of each token its log-prob; scores rise with the key, so that the ranking is known."""
+        self.scored.append(batch.step)
+        return [
+            TokenStatistics(
+                sequence.key,
+                int(sequence.route_index[0]),
+                policy_entropy=np.array([float(number)]),
+                divergence=np.array([float(number)]),
+                policy_logprobs=self.logprobs()[[sequence.token_ids[0]]],
+                teacher_logprobs=np.array([-0.5]),
+            )
+            for number, sequence in enumerate(batch.sequences)
+            if len(sequence.route_index)
+        ]
+
+    def gradient_parts(self, batch):
+        self.measured.append(batch.step)
+        return {"policy_grad_norm": 2.0, "routed_grad_norm": 0.5, "cosine": 0.25}
 
     def save(self, path): ...
 
@@ -147,7 +188,8 @@ class Journal:
     def log_evaluation(self, step, metrics):
         self.evaluations[step] = metrics
 
-    def log_rollouts(self, step, routed):
+    def log_rollouts(self, step, routed, batch):
+        assert [item.key for item in routed] == [sequence.key for sequence in batch.sequences]
         self.rollouts[step] = routed
 
 
@@ -166,25 +208,27 @@ ROUTE = {
 }
 
 
-def configured(steps, routes=None, **run):
+def configured(steps, routes=None, algorithm=None, sampling=None, **sections):
     return RunConfig.model_validate(
         {
             "model": {"path": "m"},
             "data": {"path": "d"},
-            "sampling": {"prompts_per_step": 4, "samples_per_prompt": 8},
-            "algorithm": {"routes": routes or {}},
+            "sampling": {"prompts_per_step": 4, "samples_per_prompt": 8, **(sampling or {})},
+            "algorithm": {"routes": routes or {}, **(algorithm or {})},
             "evaluation": {"every": 4, "num_prompts": 32},
-            "run": {"steps": steps, "checkpoint_every": 3, **run},
+            "run": {"steps": steps, "checkpoint_every": 3},
+            **sections,
         }
     )
 
 
-def make_roles(config, annotator=None, teacher=None):
+def make_roles(config, annotator=None, teacher=None, sampler=None):
     learner, engine = Learner(), Engine()
     return Roles(
         prompts=Prompts(),
-        encoder=PromptEncoder(CharTokenizer(), "", {}, config.teacher),
+        encoder=PromptEncoder(CharTokenizer(), "", {}),
         generator=engine,
+        sampler=sampler or engine,
         grader=Grader(),
         annotator=annotator or AbsentAnnotator(),
         teacher=teacher or AbsentTeacher(),
@@ -211,7 +255,7 @@ def test_every_batch_is_written_by_weights_synced_before_it():
     assert roles.weight_sync.versions == [0, 1, 2, 3, 4, 5]
     assert [batch.policy_version for batch in roles.learner.batches] == [0, 1, 2, 3, 4]
     for step, routed in roles.journal.rollouts.items():
-        assert {item.annotated.graded.rollout.policy_version for item in routed} == {step}
+        assert {item.member.rollout.policy_version for item in routed} == {step}
 
 
 def test_evaluations_and_checkpoints_come_on_time_and_at_the_end():
@@ -259,3 +303,196 @@ def test_absent_roles_refuse_real_work():
     config = configured(steps=1, routes={"key": ROUTE})
     with pytest.raises(ValueError, match="no annotator"):
         train(config, make_roles(config))
+
+
+ALL = {"selector": {"tokens": "all"}, "schedule": {"type": "constant", "value": 1.0}, "on_routed": "keep"}
+NO_POLICY_GRADIENT = {"advantage": "none", "policy_gradient": "none"}
+
+
+def test_a_route_that_needs_no_labels_asks_the_teacher_and_no_annotator():
+    config = configured(steps=2, routes={"all": {**ALL, "action": "fkl"}}, teacher={"context": "none"})
+    teacher = Teacher()
+    roles = make_roles(config, teacher=teacher)
+    train(config, roles)
+    assert teacher.refreshed == [0, 1]
+    assert teacher.scored == [32, 32]
+
+
+def test_a_route_that_reads_no_teacher_never_asks_it():
+    config = configured(steps=2, routes={"key": {**ROUTE, "action": "none"}})
+    annotator, teacher = Annotator(), Teacher()
+    train(config, make_roles(config, annotator, teacher))
+    assert teacher.refreshed == []
+    assert teacher.scored == [0, 0]
+    assert annotator.asked == [frozenset({"key"})] * 2
+
+
+def test_training_samples_come_from_the_sampler_and_evaluations_from_the_policy_untruncated():
+    config = configured(
+        steps=2,
+        routes={"all": {**ALL, "action": "nll"}},
+        algorithm=NO_POLICY_GRADIENT,
+        sampling={"temperature": 1.1, "top_p": 0.9, "top_k": 5},
+    )
+    sampler = Engine()
+    roles = make_roles(config, sampler=sampler)
+    sampler.version = -1  # nobody syncs it: its completions are not the policy's
+    train(config, roles)
+    assert sampler.decodings == [Decoding(1.1, 0.9, 5)] * 2
+    assert roles.generator.decodings == [Decoding(1.0)] * 2
+    assert all(name.startswith("train/") for names in sampler.asked for name in names)
+    assert all(name.startswith("heldout/") for names in roles.generator.asked for name in names)
+
+
+class Sure(Engine):
+    """Answers every second prompt rightly each time, and samples the others."""
+
+    def generate(self, requests, decoding):
+        for rollout in super().generate(requests, decoding):
+            if int(rollout.prompt.prompt_id.split("/")[1]) % 2:
+                rollout = replace(rollout, token_ids=(CORRECT,), text=str(CORRECT))
+            yield rollout
+
+
+def test_prompts_without_a_signal_are_refilled_by_rounds():
+    config = configured(steps=1, algorithm={"dynamic_sampling": {"max_rounds": 3}}, evaluation={"every": 0})
+    engine = Sure()
+    roles = make_roles(config, sampler=engine)
+    engine.version = 0
+    train(config, roles)
+    # 4 prompts a round, half of them without a signal: 2 + 2 are found in two rounds
+    assert [len(names) for names in engine.asked] == [4, 4]
+    trained = {item.key.prompt_id for item in roles.journal.rollouts[0]}
+    assert trained == {"train/0", "train/2", "train/4", "train/6"}
+    assert roles.journal.steps[0]["reward/zero_variance_groups_frac"] == 0.0
+    assert roles.prompts.position() == {"index": 8}
+
+
+class AlwaysRight(Engine):
+    def generate(self, requests, decoding):
+        for rollout in super().generate(requests, decoding):
+            yield replace(rollout, token_ids=(CORRECT,), text=str(CORRECT))
+
+
+def test_refilling_ends_and_a_step_is_never_empty():
+    config = configured(steps=1, algorithm={"dynamic_sampling": {"max_rounds": 3}}, evaluation={"every": 0})
+    engine = AlwaysRight()
+    roles = make_roles(config, sampler=engine)
+    engine.version = 0
+    train(config, roles)
+    assert len(engine.asked) == 3
+    assert {item.key.prompt_id for item in roles.journal.rollouts[0]} == {f"train/{i}" for i in range(8, 12)}
+
+
+def test_nothing_is_refilled_while_a_route_is_active():
+    dynamic = {"dynamic_sampling": {"max_rounds": 3}}
+    config = configured(steps=6, routes={"key": ROUTE}, algorithm=dynamic, evaluation={"every": 0})
+    roles = make_roles(config, Annotator(), Teacher(), sampler=(engine := AlwaysRight()))
+    roles.weight_sync.engine = engine
+    train(config, roles)
+    # lambda: 0.5 0.5 0.5 0.25, then 0
+    assert len(engine.asked) == 4 + 2 * 3
+
+
+def test_ranked_tokens_are_the_highest_scores_of_the_batch():
+    top = {"type": "top", "frac": 0.25, "score": "policy_entropy"}
+    route = {**ALL, "selector": {"tokens": top}, "action": "rkl", "normalisation": "route-mean"}
+    config = configured(steps=1, routes={"top": route}, algorithm=NO_POLICY_GRADIENT, teacher={"context": "none"})
+    roles = make_roles(config, teacher=Teacher())
+    train(config, roles)
+    assert roles.learner.scored == [0]
+    (batch,) = roles.learner.batches
+    # a quarter of 32 tokens; scores rise with the key, but for those above the 98th percentile, which are equal
+    kept = [number for number, sequence in enumerate(batch.sequences) if len(sequence.route_positions)]
+    assert kept == list(range(24, 32))
+    weights = np.concatenate([sequence.route_weight for sequence in batch.sequences])
+    assert weights == pytest.approx([1 / 8] * 8)
+
+
+def test_steps_are_measured_every_few_and_the_exposure_adds_up():
+    config = configured(
+        steps=5,
+        routes={"all": {**ALL, "action": "fkl"}},
+        teacher={"context": "none"},
+        logging={"diagnostics_every": 2},
+    )
+    roles = make_roles(config, teacher=Teacher())
+    train(config, roles)
+    assert roles.learner.measured == [0, 2, 4]
+    assert roles.learner.scored == [0, 0, 2, 2, 4, 4]
+    measured = [step for step, metrics in roles.journal.steps.items() if "diagnostics/cosine" in metrics]
+    assert measured == [0, 2, 4]
+    assert "diagnostics/one_step_lift_nats" in roles.journal.steps[0]
+    exposure = [roles.journal.steps[step]["exposure/routed_grad_norm_sum"] for step in measured]
+    assert exposure == [1.0, 2.0, 3.0]  # 2 steps x 0.5 each time
+    assert [roles.journal.steps[step]["exposure/lambda_sq_sum"] for step in range(5)] == [1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+def test_a_step_of_masked_completions_is_skipped_and_the_run_goes_on():
+    class Endless(Engine):
+        def generate(self, requests, decoding):
+            for rollout in super().generate(requests, decoding):
+                yield replace(rollout, finish_reason="length")
+
+    config = configured(steps=2, algorithm={"overlong": {"mask": True}}, evaluation={"every": 0})
+    roles = make_roles(config, sampler=(engine := Endless()))
+    roles.weight_sync.engine = engine
+    train(config, roles)
+    assert roles.learner.batches == []
+    assert [roles.journal.steps[step]["learner/skipped_steps"] for step in (0, 1)] == [1.0, 1.0]
+    assert roles.weight_sync.versions == [0, 1, 2]
+
+
+def collapsing(action):
+    """A run whose entropy doubles, whose accuracy falls, and whose responses cannot become shorter than a token."""
+    watch = {"action": action, "window": 1, "length_drop_frac": 0.3, "heldout_drop": 0.01, "entropy_rise_frac": 0.1}
+    return configured(steps=8, watch=watch, evaluation={"every": 2, "num_prompts": 64})
+
+
+class Collapsing(Learner):
+    """Forgets what it has learned after the third step."""
+
+    def train_step(self, batch):
+        metrics = super().train_step(batch)
+        if batch.step >= 3:
+            self.weights, self.entropy = np.array([4.0, -4.0, 0.0]), 3.0
+        return metrics
+
+
+def collapse(config, monkeypatch, history=(), start_step=0):
+    roles = make_roles(config)
+    learner = Collapsing()
+    roles = replace(roles, learner=learner, checkpoints=Checkpoints(learner))
+    roles.weight_sync.learner = learner
+    # every response has one token here, so the third symptom is told by the metric alone
+    plain = loop.rollout_metrics
+    lengths = iter(range(20, 0, -2))
+    monkeypatch.setattr(
+        loop, "rollout_metrics", lambda routed: {**plain(routed), "response/length_mean_tokens": float(next(lengths))}
+    )
+    train(config, roles, start_step, history)
+    return roles
+
+
+def test_a_collapse_is_told_and_the_run_goes_on(monkeypatch, caplog):
+    roles = collapse(collapsing("warn"), monkeypatch)
+    assert "all three symptoms of a collapse" in caplog.text
+    assert len(roles.journal.steps) == 8
+    assert roles.journal.steps[7]["collapse/entropy_ratio"] > 1.1
+
+
+def test_a_collapse_can_stop_the_run_with_a_checkpoint(monkeypatch, caplog):
+    with pytest.raises(TrainingError, match=r"all three symptoms.*was stopped \(watch\.action\)"):
+        collapse(collapsing("stop"), monkeypatch)
+
+
+def test_a_watch_that_is_off_says_nothing(monkeypatch, caplog):
+    collapse(collapsing("off"), monkeypatch)
+    assert "collapse" not in caplog.text
+
+
+def test_a_resumed_run_remembers_its_start(monkeypatch, caplog):
+    start = {"policy/entropy_nats": 0.5, "response/length_mean_tokens": 100.0}
+    history = [{"step": 0, "heldout/pass_at_1": 1.0}, {"step": 0, **start}]
+    with pytest.raises(TrainingError, match=r"100\.0 ->"):
+        collapse(collapsing("stop"), monkeypatch, history, start_step=1)

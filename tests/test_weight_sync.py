@@ -14,6 +14,7 @@ import torch
 from trace_rl.batch import Prompt, Rollout, RolloutRequest
 from trace_rl.config.roles import GeneratorSettings, Model, Placement, Resources, Sync
 from trace_rl.errors import WeightSyncError
+from trace_rl.protocols import Decoding
 from trace_rl.workers import weight_sender
 from trace_rl.workers.generator import GeneratorEngine, VllmGenerator, WeightReceipt
 from trace_rl.workers.weight_sender import (
@@ -336,7 +337,7 @@ def test_engines_refuse_to_sample_until_a_sync_has_proven_their_weights(engines:
     with pytest.raises(
         WeightSyncError, match="generator engine 0 was asked for rollouts while its weights are unproven"
     ):
-        list(VllmGenerator(engines, 8, timeout_s=60).generate(long_requests(1), 1.0))
+        list(VllmGenerator(engines, 8, timeout_s=60).generate(long_requests(1), Decoding(1.0)))
 
 
 @pytest.mark.engine
@@ -349,7 +350,7 @@ def test_synced_engines_compute_with_the_new_weights_also_on_cached_prompts(
         source.randomize(version)
         metrics = sync.sync(version)
         assert metrics["sync/canary_gap_max_nats"] < 1e-4
-        rollouts = list(generator.generate(long_requests(8), 0.7))
+        rollouts = list(generator.generate(long_requests(8), Decoding(0.7)))
         assert {rollout.policy_version for rollout in rollouts} == {version}
         assert sampled_gap(source, rollouts, 0.7) < 1e-4
     assert metrics["sync/weight_bytes"] == source.describe_weights().nbytes
@@ -363,11 +364,11 @@ def test_a_kept_prefix_cache_would_be_seen(
     sync = ProvenWeightSync(source, engines[1:], CANARY, SETTINGS)
     generator = VllmGenerator(engines[1:], 16, timeout_s=60)
     sync.sync(10)
-    list(generator.generate(long_requests(2), 0.7))
+    list(generator.generate(long_requests(2), Decoding(0.7)))
     broken("cache")
     source.randomize(11)
     sync.sync(11)
-    assert sampled_gap(source, list(generator.generate(long_requests(2), 0.7)), 0.7) > 1e-2
+    assert sampled_gap(source, list(generator.generate(long_requests(2), Decoding(0.7))), 0.7) > 1e-2
 
 
 @pytest.mark.engine
@@ -390,7 +391,7 @@ def test_a_broken_engine_is_refused_and_named(
     with pytest.raises(WeightSyncError, match=message):
         sync.sync(21)
     with pytest.raises(WeightSyncError, match="weights are unproven"):
-        list(VllmGenerator(engines, 8, timeout_s=60).generate(long_requests(2), 1.0))
+        list(VllmGenerator(engines, 8, timeout_s=60).generate(long_requests(2), Decoding(1.0)))
 
 
 @pytest.mark.engine
@@ -447,7 +448,7 @@ def test_an_untied_head_arrives_too(
     for version in range(2):
         untied.randomize(version)
         assert sync.sync(version)["sync/canary_gap_max_nats"] < 1e-4
-    rollouts = list(VllmGenerator([engine], 16, timeout_s=60).generate(long_requests(4), 0.7))
+    rollouts = list(VllmGenerator([engine], 16, timeout_s=60).generate(long_requests(4), Decoding(0.7)))
     assert sampled_gap(untied, rollouts, 0.7) < 1e-4
     ray.kill(engine)
     ray.kill(untied.actor)
