@@ -13,7 +13,7 @@ from trace_rl.workers import environment
 
 environment.apply()
 environment.protect_private_ray()
-sys.path.append(str(Path(__file__).parent))  # tests import learner_harness
+sys.path.append(str(Path(__file__).parent))  # for what tests share: learner_harness, synthetic_step
 
 
 @pytest.fixture(scope="session")

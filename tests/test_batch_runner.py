@@ -1,9 +1,11 @@
 """Ranks of the learner on real DeepSpeed engines, against plain torch."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from learner_harness import (
@@ -26,7 +28,11 @@ from learner_harness import (
 )
 
 from trace_rl.batch import TrainingBatch
+from trace_rl.config.algorithm import Algorithm
 from trace_rl.errors import ConfigError, TrainingError
+from trace_rl.packing import MicroBatch
+from trace_rl.token_loss import objective_of
+from trace_rl.workers.batch_runner import BatchRunner
 from trace_rl.workers.learner import learner_spec
 
 pytestmark = pytest.mark.engine
@@ -254,6 +260,36 @@ def test_scores_are_those_of_a_direct_computation(
         assert item.policy_logprobs.tolist() == pytest.approx(own.tolist(), abs=1e-5)
         assert item.teacher_logprobs.tolist() == pytest.approx([float(value) for value in taught], abs=1e-5)
     assert all(torch.equal(before[name], weight) for name, weight in group.weights().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_route_without_a_teacher_is_scored_without_log_probs_of_one(dtype: torch.dtype) -> None:
+    # No engine: logits that favour the sampled token. The divergence of a likelihood route is -log p.
+    by_entropy = {"type": "top", "score": "policy_entropy"}
+    route = {"selector": {"tokens": by_entropy}, "action": "nll", "schedule": "constant"}
+    config = run_config("unused")
+    algorithm = Algorithm.model_validate({"routes": {"likelihood": route}})
+    sequences = [
+        replace(
+            sequence,
+            route_index=np.zeros_like(sequence.route_index),
+            teacher_row=np.full_like(sequence.teacher_row, -1),
+            teacher_hidden=np.zeros((0, 0)),
+        )
+        for sequence in BATCHES[0].sequences
+    ]
+
+    def engine(packed: MicroBatch, read: Callable[..., Any]) -> Any:
+        return read(torch.eye(300)[packed.rows.targets].to(dtype), packed)
+
+    runner = BatchRunner(engine, config.learner, objective_of(algorithm, 1.0), (0, 1), torch.device("cpu"))
+    found = runner.score(TrainingBatch(0, 0, tuple(sequences)))
+    assert sorted(item.key for item in found) == sorted(s.key for s in sequences if len(s.route_positions))
+    favoured = 1 - np.log(np.e + 299)
+    for item in found:
+        assert item.policy_logprobs.tolist() == pytest.approx([favoured] * 2, abs=1e-5)
+        assert item.divergence.tolist() == pytest.approx([-favoured] * 2, abs=1e-5)
+        assert len(item.policy_entropy) == 2 and len(item.teacher_logprobs) == 0
 
 
 def test_a_rank_without_sequences_scores_nothing(groups: dict[int, Group], model_path: str) -> None:

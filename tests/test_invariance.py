@@ -1,13 +1,11 @@
 """What no method's loss may depend on, for every preset: the split of a batch, its order, its padding, its devices.
 
-The numbers of a step are made as the loop makes them: real routing, teacher requests, scoring pass, token weights and
-denominators, on one synthetic batch. The loss is then taken of a small causal model in float64, where equal means
-equal to about 1e-12, and at the end by real DeepSpeed engines in float32.
+The loss is that of `synthetic_step`, in float64, where equal means equal to about 1e-12, and at the end that of real
+DeepSpeed engines in float32.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,296 +13,47 @@ import numpy as np
 import pytest
 import torch
 from learner_harness import Group, gap
-from torch import Tensor, nn
+from synthetic_step import (
+    OLD_POLICY,
+    POLICY,
+    PRESETS,
+    TEACHER,
+    VOCAB,
+    Case,
+    RoundedModel,
+    TinyModel,
+    annotated_rollouts,
+    evaluate,
+    every_token_routed,
+    make_case,
+    on_policy,
+    one_token_each,
+    parts_of,
+    preset_config,
+    stages,
+    whole,
+    with_routes,
+    without_spans,
+)
+from torch import Tensor
 
 from trace_rl import packing
 from trace_rl.actions import AdvantageAction
 from trace_rl.advantages import Whitened
-from trace_rl.batch import (
-    NOT_THE_POLICY,
-    AnnotatedRollout,
-    GradedRollout,
-    Prompt,
-    Rollout,
-    RoutedRollout,
-    Span,
-    TeacherRequest,
-    TeacherRows,
-    TrainingBatch,
-    TrainingSequence,
-)
-from trace_rl.config.algorithm import Route
+from trace_rl.batch import AnnotatedRollout, TrainingBatch, TrainingSequence
 from trace_rl.config.run import RunConfig
 from trace_rl.contexts import Context
-from trace_rl.loop import _ask_teacher, _rank_and_weigh
-from trace_rl.overlays import load_config
-from trace_rl.packing import MicroBatch, pack, plan_micro_batches
-from trace_rl.prompts import PromptEncoder
-from trace_rl.routing import route_rollouts
+from trace_rl.packing import pack, plan_micro_batches
 from trace_rl.schedules import Constant
-from trace_rl.selectors import Selector, Top
-from trace_rl.token_loss import LossParts, Objective, objective_of, target_logprobs, token_loss
-from trace_rl.workers.batch_runner import BatchRunner
+from trace_rl.token_loss import token_loss
 from trace_rl.workers.learner import learner_spec
 
-METHODS = Path(__file__).parent.parent / "configs" / "methods"
-PRESETS = sorted(file.stem for file in METHODS.glob("*.yaml"))
-VOCAB = 24
+HOMOGENEOUS = {"right", "wrong"}
+"""Groups of `synthetic_step` whose rewards are equal."""
 RELATIVE = 1e-12
 """Of a float64 gradient, to its norm: some hundred roundings of 1e-16, summed in another order."""
 
 every_preset = pytest.mark.parametrize("preset", PRESETS)
-
-# By prompt: reward, number of tokens, spans of its completions. A completion of 16 tokens is truncated.
-GROUPS: dict[str, list[tuple[float, int, list[tuple[str, int, int]]]]] = {
-    "mixed": [
-        (1.0, 9, [("key", 2, 5)]),
-        (0.0, 7, [("error", 3, 5)]),
-        (1.0, 6, []),
-        (0.0, 16, []),
-    ],
-    "right": [(1.0, 8, [("key", 0, 2)]), (1.0, 5, []), (1.0, 1, [])],
-    "whole": [(1.0, 6, [("key", 0, 6)]), (0.0, 9, [("error", 6, 9), ("error", 0, 2)])],
-    "wrong": [(0.0, 8, [("error", 4, 6)]), (0.0, 5, [("error", 0, 5)]), (0.0, 1, [])],
-}
-MAX_TOKENS = 16
-HOMOGENEOUS = {"right", "wrong"}
-
-
-class Tokenizer:
-    """A token per character, and one for thinking."""
-
-    def apply_chat_template(self, conversation: Sequence[dict[str, str]], **kwargs: Any) -> list[int]:
-        ids = [2 + ord(character) % (VOCAB - 2) for character in conversation[-1]["content"]]
-        return [*ids, 1] if kwargs.get("enable_thinking") else ids
-
-
-class TinyModel(nn.Module):
-    """A causal language model in float64: each state mixes a token with the mean of all up to it."""
-
-    def __init__(self, seed: int, vocab: int = VOCAB, hidden: int = 6) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        for name, shape in (
-            ("embedding", (VOCAB, hidden)),
-            ("mixing", (2 * hidden, hidden)),
-            ("head", (vocab, hidden)),
-        ):
-            setattr(self, name, nn.Parameter(torch.randn(*shape, generator=generator, dtype=torch.float64)))
-
-    def states(self, input_ids: Tensor) -> Tensor:
-        own = self.embedding[input_ids]
-        mean = own.cumsum(-2) / torch.arange(1, input_ids.shape[-1] + 1).unsqueeze(-1)
-        return torch.tanh(torch.cat([own, mean], -1) @ self.mixing)
-
-    def logits(self, packed: MicroBatch) -> Tensor:
-        return self.states(packed.input_ids).flatten(0, 1)[packed.row_index] @ self.head.T
-
-
-class RoundedModel(TinyModel):
-    """Its states are float32 numbers, so that nothing is lost when they are shipped as a teacher's."""
-
-    def states(self, input_ids: Tensor) -> Tensor:
-        exact = super().states(input_ids)
-        return exact + (exact.float().double() - exact).detach()
-
-
-class ModelTeacher:
-    """Scores requests with a model, as the teacher's actor does."""
-
-    def __init__(self, model: TinyModel) -> None:
-        self._model = model
-
-    def refresh(self, step: int) -> bool:
-        return False
-
-    @torch.no_grad()
-    def score(self, requests: Sequence[TeacherRequest]) -> list[TeacherRows]:
-        return [self._rows(request) for request in requests]
-
-    def _rows(self, request: TeacherRequest) -> TeacherRows:
-        ids = torch.tensor([request.teacher_prompt_token_ids + request.token_ids])
-        predicting = packing.predicting_positions(len(request.teacher_prompt_token_ids), request.positions)
-        states = self._model.states(ids)[0, predicting]
-        logprobs = (states @ self._model.head.T / request.temperature).log_softmax(-1)
-        targets = torch.tensor([request.token_ids[position] for position in request.positions])
-        found = {
-            "states": states.float(),
-            "logprobs": logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1).float(),
-            "entropy": -(logprobs.exp() * logprobs).sum(-1).float(),
-        }
-        rows = {name: (value if name in request.outputs else value[:0]).numpy() for name, value in found.items()}
-        return TeacherRows(
-            request.key, request.view, request.positions, rows["states"], rows["logprobs"], rows["entropy"]
-        )
-
-
-POLICY, OLD_POLICY, TEACHER = TinyModel(1), TinyModel(1), TinyModel(2)
-with torch.no_grad():
-    # one or two optimizer steps ago: ratios on both sides of every clip range
-    for _parameter in OLD_POLICY.parameters():
-        _parameter += 0.1 * torch.randn(
-            _parameter.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64
-        )
-
-
-@dataclass(frozen=True)
-class Case:
-    """One step of a preset up to the learner."""
-
-    config: RunConfig
-    routed: Sequence[RoutedRollout]
-    batch: TrainingBatch
-    objective: Objective
-    head: Tensor
-    """The teacher's."""
-
-    @property
-    def sequences(self) -> tuple[TrainingSequence, ...]:
-        return self.batch.sequences
-
-
-Change = Callable[[RunConfig], RunConfig]
-Edit = Callable[[list[AnnotatedRollout]], list[AnnotatedRollout]]
-
-
-def preset_config(preset: str, *overrides: str) -> RunConfig:
-    """A preset on a minimal base; top-k supports are made smaller than the vocabulary."""
-    file = METHODS / f"{preset}.yaml"
-    text = file.read_text()
-    given = [
-        "model.path=some/model",
-        "model.dtype=float32",
-        "data.path=some.jsonl",
-        "sampling.prompts_per_step=4",
-        "sampling.max_prompt_tokens=8",
-        f"sampling.max_response_tokens={MAX_TOKENS}",
-        "learner.max_tokens_per_micro_batch=40",
-    ]
-    if "type: external" in text:
-        given.append("teacher.weights.path=some/teacher")
-    return load_config([file], [*given, *overrides])
-
-
-def with_routes(config: RunConfig, change: Callable[[Route], Route | None]) -> RunConfig:
-    """The configuration with every route changed, or left out where `change` gives None."""
-    routes = {name: new for name, route in config.algorithm.routes.items() if (new := change(route)) is not None}
-    return config.model_copy(update={"algorithm": config.algorithm.model_copy(update={"routes": routes})})
-
-
-def small_supports(config: RunConfig) -> RunConfig:
-    def change(route: Route) -> Route:
-        support = getattr(route.action, "support", None)
-        if support is None or support.type != "topk":
-            return route
-        smaller = route.action.model_copy(update={"support": support.model_copy(update={"k": 5})})
-        return route.model_copy(update={"action": smaller})
-
-    return with_routes(config, change)
-
-
-def encoder_of(config: RunConfig) -> PromptEncoder:
-    return PromptEncoder(Tokenizer(), "", config.model.chat_template_kwargs, config.teacher.chat_template_kwargs)
-
-
-def annotated_rollouts(config: RunConfig, step: int) -> list[AnnotatedRollout]:
-    """The completions of GROUPS; those of another sampler have no log-probs."""
-    random = np.random.default_rng(5)
-    source = config.sampling.source
-    elsewhere = set() if source == "policy" else set(GROUPS if config.sampling.off_policy_frac == 1 else ["mixed"])
-    found = []
-    for name, completions in GROUPS.items():
-        prompt = Prompt(name, f"{name}?", "42", solution=f"{name} is 42")
-        ids = encoder_of(config).student_ids(prompt)
-        for sample, (reward, time, spans) in enumerate(completions):
-            tokens, logprobs = random.integers(2, VOCAB, time).tolist(), -4 * random.random(time).astype(np.float32)
-            is_policy = name not in elsewhere
-            rollout = Rollout(
-                prompt,
-                sample,
-                ids,
-                tuple(tokens),
-                logprobs if is_policy else np.full(time, np.nan, dtype=np.float32),
-                "length" if time == MAX_TOKENS else "stop",
-                step if is_policy else NOT_THE_POLICY,
-                f"sample {sample} says 42",
-            )
-            feedback, reflection = ("", "") if reward else ("Not 42.", "A case is missing.")
-            graded = GradedRollout(rollout, reward, "graded", feedback)
-            marks = tuple(Span(start, end, kind, f"{kind}_type") for kind, start, end in spans)
-            found.append(AnnotatedRollout(graded, marks, "annotated", reflection=reflection if spans else ""))
-    return found
-
-
-def make_case(
-    preset: str,
-    step: int = 0,
-    change: Change = lambda config: config,
-    edit: Edit = lambda rollouts: rollouts,
-    policy: TinyModel = POLICY,
-    teacher: TinyModel = TEACHER,
-) -> Case:
-    """Run the stages between the annotator and the learner, as the loop does."""
-    config = change(small_supports(preset_config(preset)))
-    objective = objective_of(config.algorithm, config.sampling.temperature)
-    runner = BatchRunner(
-        lambda packed, read: read(policy.logits(packed), packed),  # type: ignore[arg-type]
-        config.learner,
-        objective,
-        (0, 1),
-        torch.device("cpu"),
-    )
-    runner.set_teacher_head(teacher.head.detach())
-    routed, batch = stages(config, step, edit(annotated_rollouts(config, step)), teacher, runner)
-    return Case(config, routed, batch, objective, teacher.head.detach())
-
-
-def stages(
-    config: RunConfig, step: int, annotated: list[AnnotatedRollout], teacher: TinyModel, learner: Any
-) -> tuple[Sequence[RoutedRollout], TrainingBatch]:
-    roles: Any = SimpleNamespace(encoder=encoder_of(config), teacher=ModelTeacher(teacher), learner=learner)
-    candidates = route_rollouts(annotated, config, step)
-    evidence = _ask_teacher(config, roles, candidates, step)
-    return _rank_and_weigh(config, roles, candidates, evidence, step)
-
-
-def parts_of(case: Case, packed: MicroBatch, policy: TinyModel, old: TinyModel | None) -> LossParts:
-    """The loss of a micro-batch in float64."""
-    rows, hidden = packed.rows.to(torch.float64), packed.teacher_hidden.double()
-    logits = policy.logits(packed)
-    teacher = hidden @ case.head.T if len(hidden) else logits.new_zeros(0, VOCAB)
-    before = None
-    if old is not None:
-        with torch.no_grad():
-            before = target_logprobs(old.logits(packed), rows.targets, case.objective.sampling_temperature)
-    return token_loss(logits, rows, case.objective, teacher, before)[0]
-
-
-def evaluate(
-    case: Case,
-    split: Sequence[Sequence[int]],
-    old: TinyModel | None = None,
-    policy: TinyModel = POLICY,
-    part: str = "total",
-) -> tuple[float, Tensor]:
-    """Loss and flat gradient, accumulated over micro-batches of the case's sequences."""
-    policy.zero_grad()
-    loss = 0.0
-    for indices in split:
-        value = getattr(parts_of(case, pack([case.sequences[index] for index in indices]), policy, old), part)
-        if value.requires_grad:
-            value.backward()
-        loss += value.item()
-    zeros = (torch.zeros_like(parameter) for parameter in policy.parameters())
-    gradients = [
-        zero if parameter.grad is None else parameter.grad.clone()
-        for parameter, zero in zip(policy.parameters(), zeros, strict=True)
-    ]
-    return loss, torch.cat([gradient.flatten() for gradient in gradients])
-
-
-def whole(case: Case) -> list[list[int]]:
-    return [list(range(len(case.sequences)))]
 
 
 def splits(case: Case) -> list[list[list[int]]]:
@@ -326,29 +75,6 @@ def assert_same(found: tuple[float, Tensor], expected: tuple[float, Tensor]) -> 
     size = max(1e-3, float(expected[1].norm()), abs(expected[0]))
     assert abs(found[0] - expected[0]) <= RELATIVE * size
     assert float((found[1] - expected[1]).norm()) <= RELATIVE * size
-
-
-def every_token_routed(config: RunConfig) -> RunConfig:
-    def change(route: Route) -> Route:
-        is_ranked = isinstance(route.selector.tokens, Top)
-        return route if is_ranked else route.model_copy(update={"selector": Selector.model_validate({"tokens": "all"})})
-
-    return with_routes(config, change)
-
-
-def without_spans(rollouts: list[AnnotatedRollout]) -> list[AnnotatedRollout]:
-    return [replace(item, spans=()) for item in rollouts]
-
-
-def one_token_each(rollouts: list[AnnotatedRollout]) -> list[AnnotatedRollout]:
-    """Every completion ends after its first token, which is all of its span where it had one."""
-    found = []
-    for item in rollouts:
-        rollout = item.graded.rollout
-        cut = replace(rollout, token_ids=rollout.token_ids[:1], rollout_logprobs=rollout.rollout_logprobs[:1])
-        spans = tuple(replace(span, start=0, end=1) for span in item.spans[:1])
-        found.append(replace(item, graded=replace(item.graded, rollout=cut), spans=spans))
-    return found
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -479,17 +205,6 @@ def test_a_live_teacher_without_a_context_teaches_nothing(preset: str) -> None:
                 assert sequence.advantages[tokens.positions].tolist() == pytest.approx(
                     [left] * len(tokens.positions), abs=1e-5
                 )
-
-
-@torch.no_grad()
-def on_policy(item: AnnotatedRollout, policy: TinyModel, temperature: float) -> AnnotatedRollout:
-    """The completion with the log-probs that this policy gives it."""
-    rollout = item.graded.rollout
-    ids = torch.tensor([rollout.prompt_token_ids + rollout.token_ids])
-    logits = policy.states(ids)[0, len(rollout.prompt_token_ids) - 1 : -1] @ policy.head.T
-    found = target_logprobs(logits, torch.tensor(rollout.token_ids), temperature).float().numpy()
-    known = np.where(np.isnan(rollout.rollout_logprobs), np.nan, found)
-    return replace(item, graded=replace(item.graded, rollout=replace(rollout, rollout_logprobs=known)))
 
 
 @every_preset

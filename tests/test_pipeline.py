@@ -77,13 +77,13 @@ def test_learner_and_sampler_agree_at_every_step(trace_run):
 def test_spans_are_routed_under_the_cap_and_taught(trace_run):
     folder, _ = trace_run
     steps = steps_of(read_metrics(folder))
-    assert any(record["route/key_spans/rows"] > 0 and record["loss/kl"] > 0 for record in steps)
+    assert any(record["route/key_spans/rows"] > 0 and record["loss/routed"] > 0 for record in steps)
     for step in range(4):
         for line in (folder / "rollouts" / f"step-{step:06d}.jsonl").read_text().splitlines():
             rollout = json.loads(line)
-            routed = [index >= 0 for index in rollout["route_index"]]
-            assert sum(routed) <= 0.25 * len(rollout["token_ids"])
-            assert not any(routed) or rollout["reward"] == 1
+            routed = [position for route in rollout["routes"] for position in route["positions"]]
+            assert len(routed) <= 0.25 * len(rollout["token_ids"])
+            assert not routed or rollout["reward"] == 1
             assert rollout["policy_version"] == step
 
 
