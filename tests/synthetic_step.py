@@ -72,11 +72,8 @@ class TinyModel(nn.Module):
     def __init__(self, seed: int, vocab: int = VOCAB, hidden: int = 6) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        for name, shape in (
-            ("embedding", (VOCAB, hidden)),
-            ("mixing", (2 * hidden, hidden)),
-            ("head", (vocab, hidden)),
-        ):
+        shapes = {"embedding": (VOCAB, hidden), "mixing": (2 * hidden, hidden), "head": (vocab, hidden)}
+        for name, shape in shapes.items():
             setattr(self, name, nn.Parameter(torch.randn(*shape, generator=generator, dtype=torch.float64)))
 
     def states(self, input_ids: Tensor) -> Tensor:
@@ -249,6 +246,7 @@ def make_case(
 def stages(
     config: RunConfig, step: int, annotated: list[AnnotatedRollout], teacher: TinyModel, learner: Any
 ) -> tuple[Sequence[RoutedRollout], TrainingBatch]:
+    """What the loop makes of annotated completions before the learner trains on them."""
     roles: Any = SimpleNamespace(encoder=encoder_of(config), teacher=ModelTeacher(teacher), learner=learner)
     candidates = route_rollouts(annotated, config, step)
     evidence = _ask_teacher(config, roles, candidates, step)
@@ -291,10 +289,13 @@ def evaluate(
 
 
 def whole(case: Case) -> list[list[int]]:
+    """All sequences in one micro-batch."""
     return [list(range(len(case.sequences)))]
 
 
 def every_token_routed(config: RunConfig) -> RunConfig:
+    """Routes take every token of every completion, but for the ranked ones."""
+
     def change(route: Route) -> Route:
         is_ranked = isinstance(route.selector.tokens, Top)
         return route if is_ranked else route.model_copy(update={"selector": Selector.model_validate({"tokens": "all"})})

@@ -61,11 +61,12 @@ def one_batch(step: int) -> TrainingBatch:
             prompt_token_ids=tuple(random.integers(0, 300, 3).tolist()),
             token_ids=tuple(random.integers(0, 300, 6).tolist()),
             rollout_logprobs=-8 * random.random(6),
-            advantage=float(random.normal()),
+            advantages=np.full(6, random.normal()),
             pg_weight=np.full(6, 1 / 24, dtype=np.float32),
-            kl_positions=np.zeros(0, dtype=np.int64),
-            kl_route=np.zeros(0, dtype=np.int64),
-            kl_weight=np.zeros(0, dtype=np.float32),
+            route_positions=np.zeros(0, dtype=np.int64),
+            route_index=np.zeros(0, dtype=np.int64),
+            route_weight=np.zeros(0, dtype=np.float32),
+            teacher_row=np.zeros(0, dtype=np.int64),
             teacher_hidden=np.zeros((0, 0), dtype=np.float32),
         )
         for number in range(4)

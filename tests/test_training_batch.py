@@ -206,8 +206,8 @@ def test_a_route_that_replaces_the_policy_gradient_leaves_the_log_ratio_alone() 
 
 def test_srpo_by_hand() -> None:
     # Four rollouts of 2, 2, 4 and 2 tokens with rewards 1, 0, 0 | 0: in the first group the wrong ones (samples 1, 2)
-    # have a correct sibling, in the second none has. token-mean: every denominator is 10. Teacher entropies 0.1 (2 tokens) and
-    # 0.2 (4 tokens): w = exp(-H) over its mean (2 e^-0.1 + 4 e^-0.2) / 6.
+    # have a correct sibling, in the second none has. token-mean: every denominator is 10. Teacher entropies 0.1 (2
+    # tokens) and 0.2 (4 tokens): w = exp(-H) over its mean (2 e^-0.1 + 4 e^-0.2) / 6.
     rollouts = [
         annotated("p", 0, 2, 1.0),
         annotated("p", 1, 2, 0.0),
