@@ -1,6 +1,7 @@
 """The whole pipeline as a user starts it: the command, the embedded model, and every part real."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -131,6 +132,24 @@ def test_the_checkpoint_loads_in_transformers(trace_run):
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert AutoTokenizer.from_pretrained(folder).chat_template
     assert sum(parameter.numel() for parameter in model.parameters()) <= 1_000_000
+
+
+def test_a_method_of_ones_own_trains_without_a_change_anywhere(tmp_path):
+    """The example at the end of docs/methods.md, from the working folder: workers import it too."""
+    page = (Path(__file__).parent.parent / "docs" / "methods.md").read_text(encoding="utf-8")
+    python, yaml = re.findall(r"```(?:python|yaml)\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "hellinger.py").write_text(python)
+    (tmp_path / "hellinger.yaml").write_text(yaml)
+    trace_rl(
+        "train", CONFIGS / "demo.yaml", "hellinger.yaml", *SMALL, "run.steps=2", "evaluation.every=0", cwd=tmp_path
+    )
+    steps = steps_of(read_metrics(tmp_path / "runs" / "demo"))
+    assert any(record["route/key_spans/rows"] > 0 and record["loss/routed"] > 0 for record in steps)
+    assert all(record["route/key_spans/value_max_nats"] <= 1 for record in steps)
+    root = Path(__file__).parent.parent
+    files = [file for floor in ("trace", "workers", "launch") for file in (root / floor).rglob("*.py")]
+    assert len(files) > 50
+    assert not any("hellinger" in file.read_text(encoding="utf-8").lower() for file in files)
 
 
 @pytest.mark.parametrize(

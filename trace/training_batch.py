@@ -223,18 +223,24 @@ def _teacher_states(
     routed: RoutedRollout, added: Sequence[RoutedTokens], routes: Sequence[Route], evidence: Evidence
 ) -> tuple[np.ndarray, np.ndarray]:
     """Index of each row's teacher state, and the states: those of each view once, whatever routes share it."""
-    rows, states, offsets, total = [], [np.zeros((0, 0), dtype=np.float32)], {}, 0
-    for tokens in added:
-        found, view = evidence.rows_of(routed.key, tokens.route)
-        if found is None or not len(found.hidden) or "states" not in routes[tokens.route].reads:
-            rows.append(np.full(len(tokens.positions), -1))
-            continue
-        if view not in offsets:
-            offsets[view] = total
-            states.append(found.hidden)
-            total += len(found.hidden)
-        rows.append(offsets[view] + np.searchsorted(found.positions, tokens.positions))
-    return _joined(rows).astype(np.int64), np.concatenate(states[1:]) if total else states[0]
+    looks = [evidence.rows_of(routed.key, tokens.route) for tokens in added]
+    wanted: dict[int, list[np.ndarray]] = {}
+    for tokens, (rows, view) in zip(added, looks, strict=True):
+        if rows is not None and "states" in routes[tokens.route].reads:
+            wanted.setdefault(view, []).append(tokens.positions)
+    kept = {view: np.unique(np.concatenate(parts)) for view, parts in wanted.items()}
+    starts = dict(zip(kept, np.cumsum([0, *map(len, kept.values())]), strict=False))
+    index = [
+        starts[view] + np.searchsorted(kept[view], tokens.positions)
+        if view in kept and "states" in routes[tokens.route].reads
+        else np.full(len(tokens.positions), -1)
+        for tokens, (_, view) in zip(added, looks, strict=True)
+    ]
+    states = []
+    for view, positions in kept.items():
+        rows = evidence.teacher_rows[routed.key, view]
+        states.append(rows.hidden[np.searchsorted(rows.positions, positions)])
+    return _joined(index).astype(np.int64), np.concatenate(states) if states else np.zeros((0, 0), dtype=np.float32)
 
 
 def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
