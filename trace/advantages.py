@@ -67,8 +67,9 @@ class LeaveOneOut(Advantage):
 class Whitened(Advantage):
     """(x - mean_batch(x)) / (std_batch(x) + epsilon) with x the reward, or its distance from the group's mean.
 
-    Reference: REINFORCE++ and, with baseline `group_mean`, REINFORCE++-baseline, arXiv:2501.03262. The variance is that
-    of the batch with n in the denominator; public codes differ in this and in where epsilon stands.
+    Reference: REINFORCE++ and, with baseline `group_mean`, REINFORCE++-baseline, arXiv:2501.03262. Every completion
+    counts once, and the variance has n in the denominator. Public codes whiten over tokens, so that long completions
+    count more, and differ in the denominator and in where epsilon stands.
     """
 
     type: Literal["whitened"] = "whitened"

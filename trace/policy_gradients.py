@@ -21,6 +21,8 @@ from torch import Tensor
 
 from trace_rl.config.base import Kind, Section
 
+_MAX_LOG_RATIO = 20.0
+
 
 @dataclass(frozen=True)
 class PolicyRows:
@@ -68,7 +70,7 @@ class Clipped(PolicyGradient):
     """The term is at most -dual_clip A where A < 0; none by default."""
 
     def terms(self, rows: PolicyRows) -> PolicyTerms:
-        ratio = torch.exp(rows.policy_logprobs - rows.old_logprobs)
+        ratio = _ratio(rows.policy_logprobs - rows.old_logprobs)
         free = ratio * rows.advantages
         clipped = torch.clamp(ratio, 1 - self.clip_low, 1 + self.clip_high) * rows.advantages
         surrogate = torch.minimum(free, clipped)
@@ -85,7 +87,8 @@ class Gspo(PolicyGradient):
     """-min(s A, clip(s, 1 - clip_low, 1 + clip_high) A) with s the geometric mean of a completion's token ratios.
 
     s_i = exp(mean_t log r_t); at token t it is written sg(s_i) pi_t / sg(pi_t), so that advantages may differ from
-    token to token (GSPO-token). Reference: GSPO, arXiv:2507.18071, eqs. 5-7 and 13-14; clip ranges of its experiments.
+    token to token (GSPO-token). Aggregation `seq-mean-token-mean` brings the paper's 1/|y_i|. Reference: GSPO,
+    arXiv:2507.18071, eqs. 5-7 and 13-14; clip ranges of its experiments.
     """
 
     type: Literal["gspo"] = "gspo"
@@ -98,7 +101,7 @@ class Gspo(PolicyGradient):
         log_ratio = rows.policy_logprobs.detach() - rows.old_logprobs
         sums = _sum_by_sequence(log_ratio, rows.sequence, rows.num_sequences)
         lengths = _sum_by_sequence(torch.ones_like(log_ratio), rows.sequence, rows.num_sequences)
-        ratio = torch.exp(sums / lengths.clamp(min=1))[rows.sequence]
+        ratio = _ratio(sums / lengths.clamp(min=1))[rows.sequence]
         ratio = ratio * torch.exp(rows.policy_logprobs - rows.policy_logprobs.detach())
         free = ratio * rows.advantages
         clipped = torch.clamp(ratio, 1 - self.clip_low, 1 + self.clip_high) * rows.advantages
@@ -118,7 +121,7 @@ class Cispo(PolicyGradient):
     """And at most 1 + clip_high."""
 
     def terms(self, rows: PolicyRows) -> PolicyTerms:
-        ratio = torch.exp(rows.policy_logprobs.detach() - rows.old_logprobs)
+        ratio = _ratio(rows.policy_logprobs.detach() - rows.old_logprobs)
         weight = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         return PolicyTerms(-weight * rows.advantages * rows.policy_logprobs, weight != ratio)
 
@@ -148,7 +151,8 @@ class RolloutCorrection(Section):
 
     Engines and learners compute the same weights with other kernels and precisions, so samples are slightly off-policy
     even in the first optimizer step. Weights multiply the policy-gradient term and carry no gradient. The truncation is
-    that of truncated importance sampling (Ionides 2008), applied to this mismatch by the public SDPO code with cap 2.
+    that of truncated importance sampling (Ionides 2008); verl's rollout correction and the public SDPO code apply it to
+    this mismatch with cap 2.
     """
 
     level: Literal["none", "token", "sequence"] = "none"
@@ -192,6 +196,11 @@ def mismatch_statistics(
         "correction": weights.sum(),
         "correction_capped": (weights >= cap).sum().to(gap.dtype),
     }
+
+
+def _ratio(log_ratio: Tensor) -> Tensor:
+    """exp, bounded far outside of every clip: an overflow times an advantage of 0 would be no number."""
+    return torch.exp(log_ratio.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO))
 
 
 def _sum_by_sequence(
