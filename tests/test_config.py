@@ -145,6 +145,24 @@ NLL = {"routes": {"r": {"selector": ALL, "action": "nll"}}, **NO_PG}
             {"algorithm": {"routes": {"r": {"selector": ALL, "action": {"type": "jsd", "support": "sampled"}}}}},
             "action jsd has no estimator from the sampled token",
         ),
+        (
+            {
+                "algorithm": {"routes": {"r": {"selector": ALL, "action": "pg_logratio"}}},
+                "sampling": {"temperature": 0.6},
+            },
+            "at algorithm.routes.r.temperature = 1, but they were sampled at sampling.temperature = 0.6",
+        ),
+        (
+            {
+                "algorithm": {
+                    "policy_gradient": "none",
+                    "routes": {"r": {"selector": ALL, "action": {"type": "rkl", "support": "sampled"}}},
+                },
+                "sampling": {"top_k": 20},
+            },
+            "averages over tokens as samples of the policy's whole distribution, but sampling.source is policy, "
+            "sampling.top_p 1 and sampling.top_k 20",
+        ),
         ({"algorithm": {"advantage": "gruop"}}, "the type 'gruop'; did you mean 'group'?"),
     ],
 )

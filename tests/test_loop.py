@@ -364,7 +364,9 @@ def test_prompts_without_a_signal_are_refilled_by_rounds():
     assert [len(names) for names in engine.asked] == [4, 4]
     trained = {item.key.prompt_id for item in roles.journal.rollouts[0]}
     assert trained == {"train/0", "train/2", "train/4", "train/6"}
-    assert roles.journal.steps[0]["reward/zero_variance_groups_frac"] == 0.0
+    # the metrics tell of everything that was sampled
+    assert roles.journal.steps[0]["reward/zero_variance_groups_frac"] == 0.5
+    assert roles.journal.steps[0]["sampling/trained_frac"] == 0.5
     assert roles.prompts.position() == {"index": 8}
 
 
@@ -468,7 +470,7 @@ def collapse(config, monkeypatch, history=(), start_step=0):
     plain = loop.rollout_metrics
     lengths = iter(range(20, 0, -2))
     monkeypatch.setattr(
-        loop, "rollout_metrics", lambda routed: {**plain(routed), "response/length_mean_tokens": float(next(lengths))}
+        loop, "rollout_metrics", lambda *seen: {**plain(*seen), "response/length_mean_tokens": float(next(lengths))}
     )
     train(config, roles, start_step, history)
     return roles

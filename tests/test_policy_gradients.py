@@ -195,7 +195,7 @@ SEQUENCE = torch.tensor([0, 0, 1, 1])
     ],
 )
 def test_rollout_correction_by_hand(level: str, weights: list[float]) -> None:
-    found = RolloutCorrection(level=level, cap=3.0).weights(OLD.clone().requires_grad_(), SAMPLER, SEQUENCE, 2)
+    found, _ = RolloutCorrection(level=level, cap=3.0).weights(OLD.clone().requires_grad_(), SAMPLER, SEQUENCE, 2)
     assert found.tolist() == pytest.approx(weights, abs=1e-12)
     assert not found.requires_grad
 
@@ -203,14 +203,14 @@ def test_rollout_correction_by_hand(level: str, weights: list[float]) -> None:
 def test_token_correction_makes_a_mismatched_sampler_unbiased() -> None:
     # Without a cut, sum over tokens of sampler x weight x f is sum of learner x f.
     learner, sampler = torch.tensor([0.7, 0.3]).log(), torch.tensor([0.4, 0.6]).log()
-    weights = RolloutCorrection(level="token", cap=100).weights(learner, sampler, torch.arange(2), 2)
+    weights, _ = RolloutCorrection(level="token", cap=100).weights(learner, sampler, torch.arange(2), 2)
     torch.testing.assert_close(sampler.exp() * weights, learner.exp())
 
 
 def test_mismatch_by_hand() -> None:
     # gaps log 2, -log 2, log 4, 0; k3 = r - 1 - log r: 1 - log 2, -1/2 + log 2, 3 - log 4, 0
-    weights = RolloutCorrection(level="token", cap=3.0).weights(OLD, SAMPLER, SEQUENCE, 2)
-    found = {name: value.item() for name, value in mismatch_statistics(OLD, SAMPLER, weights, 3.0).items()}
+    correction = RolloutCorrection(level="token", cap=3.0).weights(OLD, SAMPLER, SEQUENCE, 2)
+    found = {name: value.item() for name, value in mismatch_statistics(OLD, SAMPLER, *correction).items()}
     assert found == {
         "mismatch": pytest.approx(4 * math.log(2)),
         "mismatch_max": pytest.approx(2 * math.log(2)),
@@ -219,4 +219,11 @@ def test_mismatch_by_hand() -> None:
         "correction_capped": 1.0,
     }
     nothing = torch.zeros(0)
-    assert all(value == 0 for value in mismatch_statistics(nothing, nothing, nothing, 2.0).values())
+    assert all(value == 0 for value in mismatch_statistics(nothing, nothing, nothing, nothing.bool()).values())
+
+
+@pytest.mark.parametrize("level", ["none", "token", "sequence"])
+def test_a_sampler_that_is_the_policy_is_never_capped(level: str) -> None:
+    weights, is_capped = RolloutCorrection(level=level, cap=1.0).weights(OLD, OLD, SEQUENCE, 2)
+    assert weights.tolist() == [1.0] * 4
+    assert not is_capped.any()

@@ -226,6 +226,18 @@ def test_the_highest_scores_of_the_batch_are_kept() -> None:
     assert taken(second) == {0: [1, 2], 1: [0, 1, 2]}
 
 
+def test_candidates_that_are_not_kept_stay_open_to_later_routes() -> None:
+    top = {"type": "top", "frac": 0.5, "score": "policy_entropy"}
+    constant = {"type": "constant", "value": 1.0}
+    first = {"action": "rkl", "selector": {"tokens": top}, "context": "none", "on_routed": "replace"}
+    later = {"action": "nll", "selector": {"tokens": "all"}, "on_routed": "replace"}
+    config = configured({"top": {**first, "schedule": constant}, "rest": {**later, "schedule": constant}})
+    (routed,) = route_rollouts([annotated("p", 0, 4, 1.0)], config, 0)
+    assert taken(routed) == {0: [0, 1, 2, 3], 1: [0, 1, 2, 3]}
+    (kept,) = keep_top_tokens([routed], {0: {routed.key: scored(routed, [1, 8, 2, 9])}}, config)
+    assert taken(kept) == {0: [1, 3], 1: [0, 2]}
+
+
 def scored(item: RoutedRollout, entropies: list[float]) -> ScoredTokens:
     none = np.zeros(0)
     return ScoredTokens(item.member, 0.0, np.arange(len(entropies)), none, none, np.array(entropies, dtype=float), none)

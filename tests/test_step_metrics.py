@@ -16,11 +16,13 @@ ROLLOUTS = [
 
 
 def test_rollout_metrics_by_hand() -> None:
-    assert rollout_metrics(route_rollouts(ROLLOUTS, TRACE, 25)) == {
+    assert rollout_metrics([item.graded for item in ROLLOUTS], 3) == {
         "reward/mean": 0.25,
         "reward/zero_variance_groups_frac": 0.5,
         "response/length_mean_tokens": 6.0,
         "response/truncated_frac": 0.25,
+        "sampling/completions": 4.0,
+        "sampling/trained_frac": 0.75,
     }
 
 
@@ -57,5 +59,5 @@ def test_a_route_without_a_teacher_is_no_exposure() -> None:
 
 
 def test_nothing_trained_on_is_nothing_to_tell() -> None:
-    assert rollout_metrics([]) == {}
+    assert rollout_metrics([], 0) == {}
     assert route_metrics([], TRACE.algorithm, 0)["route/token_frac"] == 0.0

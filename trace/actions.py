@@ -29,6 +29,11 @@ class Action(Kind):
     reads: ClassVar[frozenset[TeacherOutput]] = frozenset()
     """What the action needs of the teacher; without anything no teacher is started for it."""
 
+    @property
+    def is_estimate(self) -> bool:
+        """Whether it averages over tokens as samples of the policy, at the temperature that they were sampled with."""
+        return False
+
 
 class NoAction(Action):
     """Nothing: the route only changes the policy-gradient weight of its tokens (`on_routed`)."""

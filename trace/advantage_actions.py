@@ -41,6 +41,10 @@ class PgLogratio(AdvantageAction):
     """-1 reverses the teacher, the direction of AntiSD, arXiv:2605.11609; its bounded divergence and its entropy gate
     are not part of this."""
 
+    @property
+    def is_estimate(self) -> bool:
+        return True
+
     def advantages(
         self, group: Sequence[ScoredTokens], policy_weight: float, weights: Sequence[Float[np.ndarray, " row"]]
     ) -> list[Float[np.ndarray, " row"]]:
@@ -71,6 +75,10 @@ class AdvMult(AdvantageAction):
     sign: Literal[1, -1] = 1
     """-1 reverses the teacher: on correct rollouts, tokens it would not have predicted get more credit, which is the
     direction of RLRT, arXiv:2605.10781."""
+
+    @property
+    def is_estimate(self) -> bool:
+        return True
 
     def advantages(
         self, group: Sequence[ScoredTokens], policy_weight: float, weights: Sequence[Float[np.ndarray, " row"]]

@@ -91,8 +91,9 @@ def train(config: RunConfig, roles: Roles, start_step: int = 0, history: Sequenc
 def _step(config: RunConfig, roles: Roles, step: int) -> dict[str, float]:
     """One training step: from prompts to proven new weights."""
     algorithm, journal = config.algorithm, roles.journal
+    sampled: list[GradedRollout] = []
     with journal.stage("rollout"):
-        candidates = route_rollouts(_annotated(config, roles, step), config, step)
+        candidates = route_rollouts(_annotated(config, roles, step, sampled), config, step)
     with journal.stage("teacher"):
         evidence = _ask_teacher(config, roles, candidates, step)
     with journal.stage("learner"):
@@ -102,9 +103,9 @@ def _step(config: RunConfig, roles: Roles, step: int) -> dict[str, float]:
         sync_metrics = roles.weight_sync.sync(step + 1)
     journal.log_rollouts(step, routed, batch)
     return {
-        **rollout_metrics(routed),
+        **rollout_metrics(sampled, len(routed)),
         **route_metrics(routed, algorithm, step),
-        **text_metrics([item.member.graded for item in routed], roles.encoder.types),
+        **text_metrics(sampled, roles.encoder.types),
         **roles.grader.metrics(),
         **roles.annotator.metrics(),
         **learner_metrics,
@@ -112,26 +113,34 @@ def _step(config: RunConfig, roles: Roles, step: int) -> dict[str, float]:
     }
 
 
-def _annotated(config: RunConfig, roles: Roles, step: int) -> Iterator[AnnotatedRollout]:
-    """The step's rollouts as they are done, in as many rounds as algorithm.dynamic_sampling asks for."""
+def _annotated(config: RunConfig, roles: Roles, step: int, sampled: list[GradedRollout]) -> Iterator[AnnotatedRollout]:
+    """The step's rollouts as they are done, in as many rounds as algorithm.dynamic_sampling asks for.
+
+    Args:
+        sampled: receives everything that is sampled on the way, kept or not.
+    """
     is_routed = any(route.is_active(step) for route in config.algorithm.routes.values())
     rounds = 1 if is_routed else config.algorithm.dynamic_sampling.max_rounds
     if rounds == 1:
-        graded: Iterator[GradedRollout] = _graded(config, roles, step, config.sampling.prompts_per_step)
+        graded: Iterator[GradedRollout] = _graded(config, roles, step, sampled)
     else:
-        graded = iter(_with_mixed_rewards(config, roles, step, rounds))
+        graded = iter(_with_mixed_rewards(config, roles, step, sampled, rounds))
     return roles.annotator.annotate(graded, active_span_classes(config, step))
 
 
-def _graded(config: RunConfig, roles: Roles, step: int, num_prompts: int) -> Iterator[GradedRollout]:
+def _graded(config: RunConfig, roles: Roles, step: int, sampled: list[GradedRollout]) -> Iterator[GradedRollout]:
     sampling = config.sampling
-    prompts = roles.prompts.take(num_prompts)
+    prompts = roles.prompts.take(sampling.prompts_per_step)
     requests = roles.encoder.requests(prompts, sampling.samples_per_prompt, config.run.seed, "train", step)
     decoding = Decoding(sampling.temperature, sampling.top_p, sampling.top_k)
-    return roles.grader.grade(roles.sampler.generate(requests, decoding))
+    for item in roles.grader.grade(roles.sampler.generate(requests, decoding)):
+        sampled.append(item)
+        yield item
 
 
-def _with_mixed_rewards(config: RunConfig, roles: Roles, step: int, max_rounds: int) -> list[GradedRollout]:
+def _with_mixed_rewards(
+    config: RunConfig, roles: Roles, step: int, sampled: list[GradedRollout], max_rounds: int
+) -> list[GradedRollout]:
     """Rollouts of prompts whose completions earn different rewards, refilled from further prompts.
 
     Those of the last round are kept whatever they earn where no prompt at all was found, so that a step is never empty.
@@ -140,7 +149,7 @@ def _with_mixed_rewards(config: RunConfig, roles: Roles, step: int, max_rounds: 
     kept: dict[str, list[GradedRollout]] = {}
     for _ in range(max_rounds):
         groups: dict[str, list[GradedRollout]] = {}
-        for item in _graded(config, roles, step, wanted):
+        for item in _graded(config, roles, step, sampled):
             groups.setdefault(item.rollout.prompt.prompt_id, []).append(item)
         kept |= {key: group for key, group in groups.items() if len({item.reward for item in group}) > 1}
         if len(kept) >= wanted:

@@ -166,27 +166,28 @@ class RolloutCorrection(Section):
         rollout_logprobs: Float[Tensor, " row"],
         sequence: Int[Tensor, " row"],
         num_sequences: int,
-    ) -> Float[Tensor, " row"]:
-        """The weight of every token; ones at level `none`."""
+    ) -> tuple[Float[Tensor, " row"], Bool[Tensor, " row"]]:
+        """The weight of every token, and which weights the cap has lowered; ones and none at level `none`."""
         gap = (old_logprobs - rollout_logprobs).detach()
         if self.level == "none":
-            return torch.ones_like(gap)
+            return torch.ones_like(gap), torch.zeros_like(gap, dtype=torch.bool)
         if self.level == "sequence":
             gap = _sum_by_sequence(gap, sequence, num_sequences)[sequence]
-        return torch.exp(gap).clamp(max=self.cap)
+        ratio = torch.exp(gap)
+        return ratio.clamp(max=self.cap), ratio > self.cap
 
 
 def mismatch_statistics(
     old_logprobs: Float[Tensor, " row"],
     rollout_logprobs: Float[Tensor, " row"],
     weights: Float[Tensor, " row"],
-    cap: float,
+    is_capped: Bool[Tensor, " row"],
 ) -> dict[str, Tensor]:
     """Sums over tokens (and maxima, names ending in `_max`) that tell how far sampler and learner are apart.
 
     `mismatch`: |log pi_old - log pi_sampler|; `mismatch_k3`: r - 1 - log r with r = pi_old / pi_sampler, whose mean
     estimates KL(sampler || learner) in nats without bias (the k3 estimator); `correction`: the weights;
-    `correction_capped`: number of tokens whose weight is the cap.
+    `correction_capped`: number of tokens whose weight the cap has lowered.
     """
     gap = (old_logprobs - rollout_logprobs).detach()
     return {
@@ -194,7 +195,7 @@ def mismatch_statistics(
         "mismatch_max": gap.abs().max() if gap.numel() else gap.sum(),
         "mismatch_k3": (torch.expm1(gap) - gap).sum(),
         "correction": weights.sum(),
-        "correction_capped": (weights >= cap).sum().to(gap.dtype),
+        "correction_capped": is_capped.sum().to(gap.dtype),
     }
 
 

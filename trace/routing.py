@@ -27,7 +27,7 @@ from trace_rl.batch import (
     SpanClass,
     TeacherOutput,
 )
-from trace_rl.config.algorithm import Algorithm
+from trace_rl.config.algorithm import Algorithm, Route
 from trace_rl.config.run import RunConfig
 from trace_rl.prompts import TeacherView, derive_seed
 from trace_rl.selectors import Top
@@ -93,17 +93,17 @@ def keep_top_tokens(
             scored = list(candidates[index].values())
             masks = keep_top(tokens.score.scores(scored), tokens.frac)
             kept |= {(index, item.member.rollout.key): mask for item, mask in zip(scored, masks, strict=True)}
-    return [
-        replace(
-            item,
-            routed=tuple(
-                thinned
-                for tokens in item.routed
-                for mask in [kept.get((tokens.route, item.key), np.ones(len(tokens.positions), dtype=bool))]
-                if len((thinned := replace(tokens, positions=tokens.positions[mask])).positions)
-            ),
-        )
+    thinned = [
+        [
+            replace(tokens, positions=tokens.positions[kept.get((tokens.route, item.key), slice(None))])
+            for tokens in item.routed
+        ]
         for item in routed
+    ]
+    routes = list(config.algorithm.routes.values())
+    return [
+        replace(item, routed=_without_claimed(parts, routes, item.member.length, is_ranked=True))
+        for item, parts in zip(routed, thinned, strict=True)
     ]
 
 
@@ -121,19 +121,35 @@ def policy_weights(routed: RoutedRollout, algorithm: Algorithm, step: int) -> Fl
 
 
 def _route(member: GroupMember, advantage: float, config: RunConfig, step: int) -> RoutedRollout:
-    is_claimed = np.zeros(member.length, dtype=bool)
-    routed = []
+    selected = []
     for index, (name, route) in enumerate(config.algorithm.routes.items()):
-        if not route.is_active(step):
-            continue
-        seed = derive_seed(config.run.seed, "route", name, step, *member.rollout.key)
-        positions = route.selector.positions(member, route.teacher_context(config.teacher.context), seed)
-        if route.is_exclusive:
-            positions = positions[~is_claimed[positions]]
+        if route.is_active(step):
+            seed = derive_seed(config.run.seed, "route", name, step, *member.rollout.key)
+            positions = route.selector.positions(member, route.teacher_context(config.teacher.context), seed)
+            selected.append(RoutedTokens(index, positions, route.schedule.at(step) * route.multiplier))
+    routes = list(config.algorithm.routes.values())
+    return RoutedRollout(member, advantage, _without_claimed(selected, routes, member.length, is_ranked=False))
+
+
+def _without_claimed(
+    selected: Iterable[RoutedTokens], routes: Sequence[Route], length: int, is_ranked: bool
+) -> tuple[RoutedTokens, ...]:
+    """Exclusive routes without the tokens that an earlier one has; routes that are left with nothing are dropped.
+
+    Args:
+        selected: of one rollout, in the order of the routes.
+        is_ranked: whether routes with a token score hold what they keep. Candidates close nothing to later routes.
+    """
+    is_claimed = np.zeros(length, dtype=bool)
+    left = []
+    for tokens in selected:
+        route = routes[tokens.route]
+        positions = tokens.positions[~is_claimed[tokens.positions]] if route.is_exclusive else tokens.positions
+        if route.is_exclusive and (is_ranked or route.score is None):
             is_claimed[positions] = True
         if len(positions):
-            routed.append(RoutedTokens(index, positions, route.schedule.at(step) * route.multiplier))
-    return RoutedRollout(member, advantage, tuple(routed))
+            left.append(replace(tokens, positions=positions))
+    return tuple(left)
 
 
 def _shaped_reward(item: AnnotatedRollout, config: RunConfig) -> float:

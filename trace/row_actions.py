@@ -56,6 +56,10 @@ class _Divergence(Weighed):
     support: Support = Full()
     """Which entries of the vocabulary are compared."""
 
+    @property
+    def is_estimate(self) -> bool:
+        return isinstance(self.support, Sampled)
+
     @abstractmethod
     def _terms(self, outcomes: Outcomes) -> Float[Tensor, "row outcome"]:
         """The summands over the outcomes."""

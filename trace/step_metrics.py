@@ -9,23 +9,32 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trace_rl.batch import RoutedRollout
+from trace_rl.batch import GradedRollout, RoutedRollout
 from trace_rl.config.algorithm import Algorithm
 
 
-def rollout_metrics(routed: Sequence[RoutedRollout]) -> dict[str, float]:
-    """Rewards, groups and lengths of the rollouts that are trained on; nothing without any."""
-    if not routed:
+def rollout_metrics(sampled: Sequence[GradedRollout], num_trained: int) -> dict[str, float]:
+    """Rewards, groups and lengths of all completions of a step; nothing without any.
+
+    Masked completions and prompts that dynamic sampling has replaced are counted too: without them the reward would be
+    that of a selection, and truncation would vanish where truncated completions are masked.
+
+    Args:
+        num_trained: how many of them are trained on.
+    """
+    if not sampled:
         return {}
-    graded = [item.member.graded for item in routed]
+    ordered = sorted(sampled, key=lambda item: item.rollout.key)  # sums must not depend on the order of arrival
     groups: dict[str, list[float]] = {}
-    for item in graded:
+    for item in ordered:
         groups.setdefault(item.rollout.prompt.prompt_id, []).append(item.reward)
     return {
-        "reward/mean": float(np.mean([item.reward for item in graded])),
+        "reward/mean": float(np.mean([item.reward for item in ordered])),
         "reward/zero_variance_groups_frac": float(np.mean([len(set(rewards)) == 1 for rewards in groups.values()])),
-        "response/length_mean_tokens": float(np.mean([item.member.length for item in routed])),
-        "response/truncated_frac": float(np.mean([item.rollout.finish_reason == "length" for item in graded])),
+        "response/length_mean_tokens": float(np.mean([len(item.rollout.token_ids) for item in ordered])),
+        "response/truncated_frac": float(np.mean([item.rollout.finish_reason == "length" for item in ordered])),
+        "sampling/completions": float(len(ordered)),
+        "sampling/trained_frac": num_trained / len(ordered),
     }
 
 

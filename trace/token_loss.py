@@ -174,14 +174,14 @@ def _policy_loss(
     # Completions of another sampler have no log-probs to compare with: they count as matched.
     is_sampled = torch.isfinite(rows.rollout_logprobs)
     sampler = torch.where(is_sampled, rows.rollout_logprobs, old.detach())
-    correction = objective.correction.weights(old, sampler, rows.sequence, rows.num_sequences)
+    correction, is_capped = objective.correction.weights(old, sampler, rows.sequence, rows.num_sequences)
     loss = (terms.loss * correction * rows.pg_weight).sum()
     return loss, {
         "tokens": _count(rows.targets),
         "sampled_tokens": is_sampled.sum().float(),
         "loss/policy_gradient": loss.detach(),
         "pg_clipped": terms.is_clipped.sum().float(),
-        **mismatch_statistics(old, sampler, correction, objective.correction.cap),
+        **mismatch_statistics(old, sampler, correction, is_capped),
     }
 
 

@@ -59,8 +59,8 @@ class Route(Section):
     """Weight (lambda) by training step; at 0 the route does not exist, and nobody is asked on its behalf."""
     on_routed: Literal["ramp", "keep", "replace"] = "ramp"
     """Policy-gradient weight of routed tokens: 1 - lambda/lambda_0 | 1 | 0. A token belongs to the first route that
-    selects it with `ramp` or `replace`, or whose action changes the advantage; other routes with `keep` may have it
-    too."""
+    selects it with `ramp` or `replace`, or whose action changes the advantage (of a `top` selector's tokens: that
+    keeps it); other routes with `keep` may have it too."""
     normalisation: Literal["policy", "route-mean", "routes-mean"] = "policy"
     """What the sum over tokens is divided by: what algorithm.aggregation divides the policy gradient by; the number of
     tokens of this route in the batch; or that of all routes of the batch that say `routes-mean`."""

@@ -136,6 +136,28 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _estimates_read_samples(self) -> RunConfig:
+        sampling = self.sampling
+        truncates = sampling.top_p < 1 or sampling.top_k > 0
+        for name, route in self.algorithm.routes.items():
+            if not route.action.is_estimate:
+                continue
+            where = f"algorithm.routes.{name}.action {route.action.type}"
+            if route.temperature != sampling.temperature:
+                raise ValueError(
+                    f"{where} compares the log-probs of sampled tokens at algorithm.routes.{name}.temperature = "
+                    f"{route.temperature:g}, but they were sampled at sampling.temperature = {sampling.temperature:g}; "
+                    "set both to the same value"
+                )
+            if sampling.source != "policy" or truncates:
+                raise ValueError(
+                    f"{where} averages over tokens as samples of the policy's whole distribution, but sampling.source "
+                    f"is {sampling.source}, sampling.top_p {sampling.top_p:g} and sampling.top_k {sampling.top_k}; set "
+                    "them to policy, 1 and 0, or choose a support other than sampled"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _micro_batch_holds_a_sequence(self) -> RunConfig:
         if self.learner.max_tokens_per_micro_batch < self.max_sequence_tokens:
             raise ValueError(
