@@ -12,7 +12,8 @@ import torch
 
 from trace_rl.batch import RolloutKey, TrainingBatch, TrainingSequence
 from trace_rl.config.run import RunConfig
-from trace_rl.workers.batch_runner import StepReport, merge_sums
+from trace_rl.objective import merge_sums
+from trace_rl.workers.batch_runner import StepReport
 from trace_rl.workers.learner_rank import LearnerRank, LearnerSpec
 from trace_rl.workers.weight_sender import WeightManifest
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from logits_loss import only
 from torch import Tensor, nn
 
 from trace_rl import packing
@@ -30,13 +31,14 @@ from trace_rl.batch import (
 )
 from trace_rl.config.algorithm import Route
 from trace_rl.config.run import RunConfig
+from trace_rl.head_loss import LossParts, Projection, head_logprobs, head_loss
 from trace_rl.loop import _ask_teacher, _rank_and_weigh
+from trace_rl.objective import LossRows, Objective, objective_of
 from trace_rl.overlays import load_config
 from trace_rl.packing import MicroBatch, pack
 from trace_rl.prompts import PromptEncoder
 from trace_rl.routing import route_rollouts
 from trace_rl.selectors import Selector, Top
-from trace_rl.token_loss import LossParts, Objective, objective_of, target_logprobs, token_loss
 from trace_rl.workers.batch_runner import BatchRunner
 
 METHODS = Path(__file__).parent.parent / "configs" / "methods"
@@ -81,8 +83,8 @@ class TinyModel(nn.Module):
         mean = own.cumsum(-2) / torch.arange(1, input_ids.shape[-1] + 1).unsqueeze(-1)
         return torch.tanh(torch.cat([own, mean], -1) @ self.mixing)
 
-    def logits(self, packed: MicroBatch) -> Tensor:
-        return self.states(packed.input_ids).flatten(0, 1)[packed.row_index] @ self.head.T
+    def projection(self, packed: MicroBatch) -> Projection:
+        return Projection(self.states(packed.input_ids).flatten(0, 1)[packed.row_index], self.head)
 
 
 class RoundedModel(TinyModel):
@@ -232,7 +234,7 @@ def make_case(
     config = change(small_supports(preset_config(preset)))
     objective = objective_of(config.algorithm, config.sampling.temperature)
     runner = BatchRunner(
-        lambda packed, read: read(policy.logits(packed), packed),  # type: ignore[arg-type]
+        lambda packed, read: read(policy.projection(packed), packed),  # type: ignore[arg-type]
         config.learner,
         objective,
         (0, 1),
@@ -253,16 +255,16 @@ def stages(
     return _rank_and_weigh(config, roles, candidates, evidence, step)
 
 
-def parts_of(case: Case, packed: MicroBatch, policy: TinyModel, old: TinyModel | None) -> LossParts:
+def parts_of(
+    case: Case, packed: MicroBatch, policy: TinyModel, old: TinyModel | None, rows: LossRows | None = None
+) -> LossParts:
     """The loss of a micro-batch in float64."""
-    rows, hidden = packed.rows.to(torch.float64), packed.teacher_hidden.double()
-    logits = policy.logits(packed)
-    teacher = hidden @ case.head.T if len(hidden) else logits.new_zeros(0, VOCAB)
+    exact, hidden = (rows or packed.rows).to(torch.float64), packed.teacher_hidden.double()
     before = None
     if old is not None:
-        with torch.no_grad():
-            before = target_logprobs(old.logits(packed), rows.targets, case.objective.sampling_temperature)
-    return token_loss(logits, rows, case.objective, teacher, before)[0]
+        before = head_logprobs(old.projection(packed), exact.targets, case.objective.sampling_temperature)
+    teacher = Projection(hidden, case.head)
+    return head_loss(policy.projection(packed), exact, case.objective, teacher, before)[0]
 
 
 def evaluate(
@@ -276,9 +278,10 @@ def evaluate(
     policy.zero_grad()
     loss = 0.0
     for indices in split:
-        value = getattr(parts_of(case, pack([case.sequences[index] for index in indices]), policy, old), part)
-        if value.requires_grad:
-            value.backward()
+        packed = pack([case.sequences[index] for index in indices])
+        rows = packed.rows if part == "total" else only(packed.rows, part)
+        value = parts_of(case, packed, policy, old, rows).total
+        value.backward()
         loss += value.item()
     zeros = (torch.zeros_like(parameter) for parameter in policy.parameters())
     gradients = [
@@ -323,7 +326,7 @@ def on_policy(item: AnnotatedRollout, policy: TinyModel, temperature: float) -> 
     """The completion with the log-probs that this policy gives it."""
     rollout = item.graded.rollout
     ids = torch.tensor([rollout.prompt_token_ids + rollout.token_ids])
-    logits = policy.states(ids)[0, len(rollout.prompt_token_ids) - 1 : -1] @ policy.head.T
-    found = target_logprobs(logits, torch.tensor(rollout.token_ids), temperature).float().numpy()
+    states = policy.states(ids)[0, len(rollout.prompt_token_ids) - 1 : -1]
+    found = head_logprobs(Projection(states, policy.head), torch.tensor(rollout.token_ids), temperature).float().numpy()
     known = np.where(np.isnan(rollout.rollout_logprobs), np.nan, found)
     return replace(item, graded=replace(item.graded, rollout=replace(rollout, rollout_logprobs=known)))

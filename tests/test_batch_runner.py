@@ -26,12 +26,13 @@ from learner_harness import (
     teacher_logits,
     with_advantage,
 )
+from logits_loss import as_states
 
 from trace_rl.batch import TrainingBatch
 from trace_rl.config.algorithm import Algorithm
 from trace_rl.errors import ConfigError, TrainingError
+from trace_rl.objective import objective_of
 from trace_rl.packing import MicroBatch
-from trace_rl.token_loss import objective_of
 from trace_rl.workers.batch_runner import BatchRunner
 from trace_rl.workers.learner import learner_spec
 
@@ -280,7 +281,7 @@ def test_a_route_without_a_teacher_is_scored_without_log_probs_of_one(dtype: tor
     ]
 
     def engine(packed: MicroBatch, read: Callable[..., Any]) -> Any:
-        return read(torch.eye(300)[packed.rows.targets].to(dtype), packed)
+        return read(as_states(torch.eye(300)[packed.rows.targets].to(dtype)), packed)
 
     runner = BatchRunner(engine, config.learner, objective_of(algorithm, 1.0), (0, 1), torch.device("cpu"))
     found = runner.score(TrainingBatch(0, 0, tuple(sequences)))

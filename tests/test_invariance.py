@@ -18,7 +18,6 @@ from synthetic_step import (
     POLICY,
     PRESETS,
     TEACHER,
-    VOCAB,
     Case,
     RoundedModel,
     TinyModel,
@@ -43,9 +42,9 @@ from trace_rl.advantages import Whitened
 from trace_rl.batch import AnnotatedRollout, TrainingBatch, TrainingSequence
 from trace_rl.config.run import RunConfig
 from trace_rl.contexts import Context
+from trace_rl.head_loss import Projection, head_loss
 from trace_rl.packing import pack, plan_micro_batches
 from trace_rl.schedules import Constant
-from trace_rl.token_loss import token_loss
 from trace_rl.workers.learner import learner_spec
 
 HOMOGENEOUS = {"right", "wrong"}
@@ -216,9 +215,7 @@ def test_only_the_policy_gets_a_gradient(preset: str) -> None:
     assert not any(value.requires_grad for value in constants.values())
     rows = packed.rows.to(torch.float64)
     rows = replace(rows, rollout_logprobs=rows.rollout_logprobs.requires_grad_())
-    logits = POLICY.logits(packed)
-    teacher = hidden @ head.T if len(hidden) else logits.new_zeros(0, VOCAB)
-    loss = token_loss(logits, rows, case.objective, teacher)[0].total
+    loss = head_loss(POLICY.projection(packed), rows, case.objective, Projection(hidden, head))[0].total
     watched = [hidden, head, rows.rollout_logprobs, *TEACHER.parameters()]
     assert torch.autograd.grad(loss, watched, allow_unused=True) == (None,) * len(watched)
 

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from logits_loss import logits_loss
 from torch import Tensor
 
 from trace_rl.batch import AnnotatedRollout, GradedRollout, Prompt, Rollout, Span, TeacherRows, TokenStatistics
 from trace_rl.config.run import RunConfig
 from trace_rl.launch.methods_page import presets
+from trace_rl.objective import objective_of
 from trace_rl.packing import pack
 from trace_rl.routing import keep_top_tokens, route_rollouts, teacher_views
-from trace_rl.token_loss import objective_of, token_loss
 from trace_rl.training_batch import Evidence, scored_tokens, training_batch
 
 VOCAB = 128
@@ -141,7 +142,7 @@ def product_loss(config: RunConfig) -> float:
     batch = training_batch(routed, scored, evidence, config, STEP)
     micro_batch = pack(batch.sequences)
     order = [names[sequence.key] for sequence in batch.sequences]
-    parts, _ = token_loss(
+    parts, _ = logits_loss(
         torch.cat([BATCH.policy[name] for name in order]),
         micro_batch.rows.to(torch.float64),
         objective_of(config.algorithm, config.sampling.temperature),

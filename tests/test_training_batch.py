@@ -6,14 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from logits_loss import logits_loss
 from rollouts import ALL, ERROR, HIDDEN, KEY, NO_POLICY_GRADIENT, annotated, configured, error, evidence_of, key
 
 from trace_rl.batch import AnnotatedRollout, TrainingBatch, TrainingSequence
 from trace_rl.config.run import RunConfig
 from trace_rl.errors import WeightSyncError
+from trace_rl.objective import objective_of
 from trace_rl.packing import pack
 from trace_rl.routing import route_rollouts
-from trace_rl.token_loss import objective_of, token_loss
 from trace_rl.training_batch import Evidence, scored_tokens, token_denominators, training_batch
 
 TRACE_ROUTES = {"key_spans": KEY, "error_spans": ERROR}
@@ -55,7 +56,7 @@ def loss_and_gradient(batch: TrainingBatch, config: RunConfig) -> tuple[torch.Te
     logits = table[packed.input_ids.flatten()[packed.row_index]]
     head = torch.randn(HIDDEN, 40, generator=torch.Generator().manual_seed(1))
     teacher = packed.teacher_hidden @ head if packed.teacher_hidden.numel() else torch.zeros(0, 40)
-    parts, _ = token_loss(logits, packed.rows, objective_of(config.algorithm, 1.0), teacher)
+    parts, _ = logits_loss(logits, packed.rows, objective_of(config.algorithm, 1.0), teacher)
     parts.total.backward()
     assert table.grad is not None
     return parts.total.detach(), table.grad

@@ -13,9 +13,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -46,7 +48,7 @@ class RoutedRows:
     """The rows of one route in one micro-batch."""
 
     policy_logits: Float[Tensor, "row vocab"]
-    """Before any temperature; carries the gradient."""
+    """Before any temperature, in at least float32; carries the gradient."""
     teacher_logits: Float[Tensor, "row vocab"]
     """Detached, before any temperature; no rows where the action does not read states."""
     targets: Int[Tensor, " row"]
@@ -55,6 +57,16 @@ class RoutedRows:
     """Divides the logits of both sides."""
     ratio: Float[Tensor, " row"]
     """pi_theta / pi_old of the sampled token, detached; 1 where one optimizer step is taken on a batch."""
+
+    @cached_property
+    def policy_logprobs(self) -> Float[Tensor, "row vocab"]:
+        """log softmax(policy_logits / temperature), with its gradient."""
+        return torch.log_softmax(self.policy_logits / self.temperature, -1)
+
+    @cached_property
+    def teacher_logprobs(self) -> Float[Tensor, "row vocab"]:
+        """log softmax(teacher_logits / temperature)."""
+        return torch.log_softmax(self.teacher_logits / self.temperature, -1)
 
 
 @dataclass(frozen=True)

@@ -118,12 +118,13 @@ class KlClip(Section):
 
 @dataclass(frozen=True)
 class Bounded:
-    """Per-position divergence in nats before and after the clip, and which entries the clip touched."""
+    """Per-position divergence in nats before and after the clip, and what the clip touched."""
 
     loss: Float[Tensor, " row"]
     unclipped: Float[Tensor, " row"]
     """Detached."""
-    is_clipped: Bool[Tensor, "row outcome"]
+    is_clipped: Bool[Tensor, "row clip"]
+    """By outcome, or one for all where a position is clipped as a whole."""
 
 
 def forward_terms(policy: Float[Tensor, "row outcome"], teacher: Float[Tensor, "row outcome"]) -> Tensor:
@@ -162,7 +163,7 @@ def bound(terms: Float[Tensor, "row outcome"], clip: KlClip) -> Bounded:
     if clip.mode == "vocab_clamp":
         return Bounded(terms.clamp(max=clip.threshold).sum(-1), value, terms.detach() > clip.threshold)
     is_above = (value > clip.threshold) & torch.tensor(clip.mode != "none", device=value.device)
-    is_clipped = is_above.unsqueeze(-1).expand_as(terms)
+    is_clipped = is_above.unsqueeze(-1)
     if clip.mode == "token_clamp":
         return Bounded(unclipped.clamp(max=clip.threshold), value, is_clipped)
     if clip.mode == "token_rescale":

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from trace_rl.batch import TrainingSequence
 from trace_rl.errors import DataError
-from trace_rl.token_loss import LossRows
+from trace_rl.objective import LossRows
 
 Plan = tuple[tuple[tuple[int, ...], ...], ...]
 """[rank][micro-batch] -> indices of sequences; an empty micro-batch only keeps its rank in step with the others."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -49,9 +49,20 @@ class PolicyTerms:
 class PolicyGradient(Kind):
     """A term of the loss at every response token."""
 
+    vanishes_without_advantage: ClassVar[bool] = False
+    """Whether tokens whose advantage is 0 have no gradient, so that sequences of such tokens need no backward pass."""
+
     @abstractmethod
     def terms(self, rows: PolicyRows) -> PolicyTerms:
         """The term of every token; differentiable in `rows.policy_logprobs` only."""
+
+    def couples_tokens(self, is_one_step: bool) -> bool:
+        """Whether the gradient at a token depends on log-probs of other tokens, which costs one more head product.
+
+        Args:
+            is_one_step: one optimizer step is taken on a batch, so that policy and old policy are the same.
+        """
+        return True
 
 
 class Clipped(PolicyGradient):
@@ -62,6 +73,7 @@ class Clipped(PolicyGradient):
     """
 
     type: Literal["clipped"] = "clipped"
+    vanishes_without_advantage: ClassVar[bool] = True
     clip_low: float = Field(0.2, gt=0, lt=1)
     """The ratio is clipped below at 1 - clip_low."""
     clip_high: float = Field(0.28, gt=0)
@@ -82,6 +94,9 @@ class Clipped(PolicyGradient):
             is_clipped = is_clipped | below
         return PolicyTerms(-surrogate, is_clipped)
 
+    def couples_tokens(self, is_one_step: bool) -> bool:
+        return False
+
 
 class Gspo(PolicyGradient):
     """-min(s A, clip(s, 1 - clip_low, 1 + clip_high) A) with s the geometric mean of a completion's token ratios.
@@ -92,6 +107,7 @@ class Gspo(PolicyGradient):
     """
 
     type: Literal["gspo"] = "gspo"
+    vanishes_without_advantage: ClassVar[bool] = True
     clip_low: float = Field(3e-4, gt=0, lt=1)
     """The ratio of a completion is clipped below at 1 - clip_low."""
     clip_high: float = Field(4e-4, gt=0)
@@ -107,6 +123,9 @@ class Gspo(PolicyGradient):
         clipped = torch.clamp(ratio, 1 - self.clip_low, 1 + self.clip_high) * rows.advantages
         return PolicyTerms(-torch.minimum(free, clipped), clipped < free)
 
+    def couples_tokens(self, is_one_step: bool) -> bool:
+        return not is_one_step
+
 
 class Cispo(PolicyGradient):
     """-sg(clip(r, 1 - clip_low, 1 + clip_high)) A log pi: the weight is bounded, and no token loses its gradient.
@@ -115,6 +134,7 @@ class Cispo(PolicyGradient):
     """
 
     type: Literal["cispo"] = "cispo"
+    vanishes_without_advantage: ClassVar[bool] = True
     clip_low: float = Field(1.0, gt=0, le=1)
     """The weight is at least 1 - clip_low; at 1 there is no lower bound."""
     clip_high: float = Field(0.28, gt=0)
@@ -125,25 +145,36 @@ class Cispo(PolicyGradient):
         weight = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         return PolicyTerms(-weight * rows.advantages * rows.policy_logprobs, weight != ratio)
 
+    def couples_tokens(self, is_one_step: bool) -> bool:
+        return False
+
 
 class Reinforce(PolicyGradient):
     """-A log pi: the score function without a ratio (Williams 1992)."""
 
     type: Literal["reinforce"] = "reinforce"
+    vanishes_without_advantage: ClassVar[bool] = True
 
     def terms(self, rows: PolicyRows) -> PolicyTerms:
         loss = -rows.advantages * rows.policy_logprobs
         return PolicyTerms(loss, torch.zeros_like(loss, dtype=torch.bool))
+
+    def couples_tokens(self, is_one_step: bool) -> bool:
+        return False
 
 
 class NoPolicyGradient(PolicyGradient):
     """No term: pure distillation."""
 
     type: Literal["none"] = "none"
+    vanishes_without_advantage: ClassVar[bool] = True
 
     def terms(self, rows: PolicyRows) -> PolicyTerms:
         # a product with 0, not a constant: a micro-batch without rows of routes must still have a gradient to reduce
         return PolicyTerms(rows.policy_logprobs * 0, torch.zeros_like(rows.policy_logprobs, dtype=torch.bool))
+
+    def couples_tokens(self, is_one_step: bool) -> bool:
+        return False
 
 
 class RolloutCorrection(Section):

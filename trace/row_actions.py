@@ -12,7 +12,7 @@ from abc import abstractmethod
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -65,8 +65,7 @@ class _Divergence(Weighed):
         """The summands over the outcomes."""
 
     def terms(self, rows: RoutedRows) -> RowTerms:
-        policy = _logprobs(rows.policy_logits, rows.temperature)
-        teacher = _logprobs(rows.teacher_logits.detach(), rows.temperature)
+        policy, teacher = rows.policy_logprobs, rows.teacher_logprobs
         if isinstance(self.support, Sampled):
             policy, teacher = (each.gather(-1, rows.targets.unsqueeze(-1)) for each in (policy, teacher))
             bounded = self._sampled(policy.squeeze(-1), teacher.squeeze(-1))
@@ -78,7 +77,7 @@ class _Divergence(Weighed):
             loss=bounded.loss * self._importance(rows).to(bounded.loss.dtype),
             unclipped=bounded.unclipped,
             is_clipped=bounded.is_clipped.any(-1),
-            clipped_teacher_mass=(teacher.exp() * bounded.is_clipped).sum(-1),
+            clipped_teacher_mass=_mass(teacher, bounded.is_clipped),
         )
 
     def _sampled(self, policy: Float[Tensor, " row"], teacher: Float[Tensor, " row"]) -> Bounded:
@@ -164,8 +163,7 @@ class Nll(Weighed):
     type: Literal["nll"] = "nll"
 
     def terms(self, rows: RoutedRows) -> RowTerms:
-        logprobs = _logprobs(rows.policy_logits, rows.temperature)
-        value = -logprobs.gather(-1, rows.targets.unsqueeze(-1)).squeeze(-1)
+        value = -rows.policy_logprobs.gather(-1, rows.targets.unsqueeze(-1)).squeeze(-1)
         return RowTerms(
             loss=value * self._importance(rows).to(value.dtype),
             unclipped=value.detach(),
@@ -174,7 +172,8 @@ class Nll(Weighed):
         )
 
 
-def _logprobs(logits: Float[Tensor, "row vocab"], temperature: float) -> Float[Tensor, "row vocab"]:
-    """log softmax(logits / T) in at least float32."""
-    precise = logits if logits.dtype == torch.float64 else logits.float()
-    return torch.log_softmax(precise / temperature, -1)
+def _mass(teacher: Float[Tensor, "row outcome"], is_clipped: Bool[Tensor, "row clip"]) -> Float[Tensor, " row"]:
+    """Teacher probability of clipped outcomes; all of it where a position is clipped as a whole."""
+    if is_clipped.shape == teacher.shape:
+        return (teacher.exp() * is_clipped).sum(-1)
+    return is_clipped.squeeze(-1).to(teacher.dtype)

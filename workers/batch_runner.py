@@ -7,9 +7,8 @@ plan alone, never on what a rank's sequences hold. Must not know Ray, other role
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,8 +19,9 @@ from torch import Tensor
 from trace_rl.batch import TokenStatistics, TrainingBatch, TrainingSequence
 from trace_rl.config.roles import LearnerSettings
 from trace_rl.errors import TrainingError
+from trace_rl.head_loss import Projection, head_logprobs, head_loss, head_statistics
+from trace_rl.objective import Objective, merge_sums
 from trace_rl.packing import MicroBatch, Plan, num_tokens, pack, padded_tokens, plan_micro_batches, split_minibatches
-from trace_rl.token_loss import LossParts, Objective, entropy, routed_rows, target_logprobs, token_loss
 
 if TYPE_CHECKING:
     import deepspeed
@@ -117,14 +117,15 @@ class BatchRunner:
             [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters] for _ in range(2)
         )
         for micro_batch in self._pack(batch.sequences, self._plan(batch.sequences)):
-            # past the engine, whose hooks would take this for the backward pass of a step
-            parts = self._engine.module(micro_batch.to(self._device), self._loss_parts)
-            losses = [(policy, parts.policy), (routed, parts.routed)]
-            losses = [(total, loss) for total, loss in losses if loss.requires_grad]
-            for number, (total, loss) in enumerate(losses, start=1):
-                # kept for the second part only: nothing of a micro-batch outlives it
-                is_kept = number < len(losses)
-                gradients = torch.autograd.grad(loss, parameters, retain_graph=is_kept, allow_unused=True)
+            rows = micro_batch.rows
+            parts = [
+                (policy, replace(rows, route_weight=torch.zeros_like(rows.route_weight))),
+                (routed, replace(rows, pg_weight=torch.zeros_like(rows.pg_weight))),
+            ]
+            for total, weighted in parts:
+                # past the engine, whose hooks would take this for the backward pass of a step
+                loss, _ = self._engine.module(replace(micro_batch, rows=weighted).to(self._device), self._loss(None))
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
                 for into, gradient in zip(total, gradients, strict=True):
                     if gradient is not None:
                         into += gradient
@@ -146,7 +147,8 @@ class BatchRunner:
         scale = self._objective.sampling_temperature if temperature is None else temperature
         with torch.no_grad():
             return self._engine(
-                micro_batch.to(self._device), lambda logits, packed: target_logprobs(logits, packed.rows.targets, scale)
+                micro_batch.to(self._device),
+                lambda policy, packed: head_logprobs(policy, packed.rows.targets, scale, self._settings.tile_bytes),
             )
 
     def _plan(self, sequences: Sequence[TrainingSequence]) -> Plan:
@@ -184,44 +186,25 @@ class BatchRunner:
         return norm
 
     def _loss(self, old_logprobs: Tensor | None) -> Any:
-        def loss(logits: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-            teacher = self._teacher_logits(logits, micro_batch)
-            parts, sums = token_loss(logits, micro_batch.rows, self._objective, teacher, old_logprobs)
+        def loss(policy: Projection, micro_batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+            teacher = self._teacher(policy, micro_batch)
+            parts, sums = head_loss(
+                policy, micro_batch.rows, self._objective, teacher, old_logprobs, self._settings.tile_bytes
+            )
             # DeepSpeed finds the tensors of an output in tuples and mappings only, not in other classes
             return parts.total, sums
 
         return loss
 
-    def _loss_parts(self, logits: Tensor, micro_batch: MicroBatch) -> LossParts:
-        return token_loss(logits, micro_batch.rows, self._objective, self._teacher_logits(logits, micro_batch))[0]
+    def _statistics(self, policy: Projection, micro_batch: MicroBatch) -> list[tuple[int, dict[str, Tensor]]]:
+        teacher = self._teacher(policy, micro_batch)
+        return head_statistics(policy, micro_batch.rows, self._objective, teacher, self._settings.tile_bytes)
 
-    def _statistics(self, logits: Tensor, micro_batch: MicroBatch) -> list[tuple[int, dict[str, Tensor]]]:
-        """By route: entropy of the policy, divergence, and log-probs of the tokens on both sides, per row.
-
-        Pairs, because ZeRO-3's hooks take the keys of a mapping for names.
-        """
-        rows, teacher = micro_batch.rows, self._teacher_logits(logits, micro_batch)
-        ratio = logits.new_ones(len(rows.targets))
-        found = []
-        for route in self._objective.routes:
-            mine = rows.route_index == route.index
-            routed = routed_rows(logits, rows, route, mine, teacher, ratio)
-            values = {
-                "policy_entropy": entropy(routed.policy_logits, self._objective.sampling_temperature),
-                "divergence": route.ranking.terms(routed).unclipped,
-                "policy_logprobs": target_logprobs(routed.policy_logits, routed.targets, route.temperature),
-                "teacher_logprobs": target_logprobs(routed.teacher_logits, routed.targets, route.temperature)
-                if len(routed.teacher_logits)
-                else logits.new_zeros(0, dtype=torch.float32),  # NumPy has no bfloat16
-            }
-            found.append((route.index, values))
-        return found
-
-    def _teacher_logits(self, logits: Float[Tensor, "row vocab"], micro_batch: MicroBatch) -> Tensor:
-        if not len(micro_batch.teacher_hidden):
-            return logits.new_zeros(0, logits.shape[-1])
-        assert self._teacher_head is not None
-        return micro_batch.teacher_hidden.to(self._teacher_head.dtype) @ self._teacher_head.T
+    def _teacher(self, policy: Projection, micro_batch: MicroBatch) -> Projection:
+        """The teacher's states; without any, none under the policy's head."""
+        if self._teacher_head is None:
+            return Projection(policy.hidden[:0], policy.head)
+        return Projection(micro_batch.teacher_hidden, self._teacher_head)
 
     def _check_batch(self, batch: TrainingBatch) -> None:
         if not batch.sequences:
@@ -242,13 +225,6 @@ class BatchRunner:
             raise TrainingError(
                 f"{where}: the loss is not finite on learner rank {ranks}; the optimizer step was not taken"
             )
-
-
-def merge_sums(total: dict[str, float], other: dict[str, float]) -> None:
-    """Add metric sums in place; names ending in `_max` combine by maximum."""
-    for name, value in other.items():
-        combine = max if name.endswith("_max") else operator.add
-        total[name] = combine(total[name], value) if name in total else value
 
 
 def _split_by_sequence(

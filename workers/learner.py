@@ -26,7 +26,7 @@ from torch import Tensor
 from trace_rl.batch import TokenStatistics, TrainingBatch
 from trace_rl.config.run import RunConfig
 from trace_rl.errors import ConfigError, TraceError, TrainingError, WorkerError
-from trace_rl.token_loss import objective_of, summarise
+from trace_rl.objective import objective_of, summarise
 from trace_rl.workers import checkpoint
 from trace_rl.workers.batch_runner import StepReport, merge_sums
 from trace_rl.workers.learner_rank import LearnerRank, LearnerSpec

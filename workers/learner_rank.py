@@ -25,8 +25,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from trace_rl.batch import RolloutKey, TokenStatistics, TrainingBatch, TrainingSequence
 from trace_rl.config.roles import LearnerSettings, Model
 from trace_rl.errors import TrainingError
+from trace_rl.objective import Objective
 from trace_rl.packing import pack
-from trace_rl.token_loss import Objective
 from trace_rl.workers.batch_runner import BatchRunner, StepReport
 from trace_rl.workers.weight_sender import TransferBackend, TransferGroup, WeightManifest, WeightSender, free_address
 

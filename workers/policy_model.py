@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from trace_rl.config.roles import Model
 from trace_rl.errors import ModelError
+from trace_rl.head_loss import Projection
 from trace_rl.packing import MicroBatch
 
 Result = TypeVar("Result")
@@ -106,23 +107,24 @@ def head_weight(policy: PreTrainedModel) -> Float[Tensor, "vocab hidden"]:
 
 
 class RowModel(nn.Module):
-    """The policy as the learner runs it: projects the rows that predict response tokens, and only those.
+    """The policy as the learner runs it: hands over the states that predict response tokens, and the output head.
 
     One module for training and scoring, because ZeRO-3 gathers and releases weights by the hooks of the module that
-    its engine wraps; what is done with the logits comes in as a function.
+    its engine wraps; what is done with states and head comes in as a function. The head's module is called with it, so
+    that the head is whole while the function runs, and is gathered once for all of it.
     """
 
     def __init__(self, policy: PreTrainedModel) -> None:
         super().__init__()
         self.policy = policy
+        head = policy.get_output_embeddings()
+        head.forward = lambda states, function: function(Projection(states, head.weight))
 
-    def forward(
-        self, micro_batch: MicroBatch, objective: Callable[[Float[Tensor, "row vocab"], MicroBatch], Result]
-    ) -> Result:
-        """Return `objective(logits, micro_batch)`; without rows the head still runs, so every rank does the same."""
+    def forward(self, micro_batch: MicroBatch, objective: Callable[[Projection, MicroBatch], Result]) -> Result:
+        """Return `objective(projection, micro_batch)`; the head is called even without rows, as on every rank."""
         hidden = final_hidden(self.policy, micro_batch.input_ids, micro_batch.attention_mask, micro_batch.position_ids)
-        rows = hidden.flatten(0, 1)[micro_batch.row_index]
-        return objective(self.policy.get_output_embeddings()(rows), micro_batch)
+        states = hidden.flatten(0, 1)[micro_batch.row_index]
+        return self.policy.get_output_embeddings()(states, lambda projection: objective(projection, micro_batch))
 
 
 def _disable_dropout(policy: PreTrainedModel) -> None:

@@ -143,11 +143,19 @@ class LearnerSettings(Section):
     """DeepSpeed ZeRO stage."""
     max_tokens_per_micro_batch: int = Field(16384, ge=1)
     """Padded tokens (prompt and response) of one forward on one rank; the loss does not depend on it."""
+    tile_mib: int = Field(512, ge=1)
+    """Size in float32 of the logits that are alive at a time; at most twice that is held. The loss does not depend on
+    it."""
     minibatches_per_step: int = Field(1, ge=1)
     """Optimizer steps on one batch of rollouts; above 1, old log-probs are computed before the first."""
     gradient_checkpointing: bool = False
     optimizer: Optimizer = Optimizer()
     schedule: LearningRateSchedule = LearningRateSchedule()
+
+    @property
+    def tile_bytes(self) -> int:
+        """Size of a tile of logits."""
+        return self.tile_mib * 2**20
 
 
 class Sync(Section):

@@ -7,23 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from logits_loss import logits_loss, only, target_logprobs
 from torch import Tensor
 
 from trace_rl.actions import RowAction
 from trace_rl.config.algorithm import Algorithm
 from trace_rl.divergences import KlClip
+from trace_rl.objective import LossRows, Objective, RouteLoss, objective_of, summarise
 from trace_rl.policy_gradients import Clipped, Gspo, PolicyGradient, RolloutCorrection
 from trace_rl.row_actions import Fkl, Nll, Rkl
-from trace_rl.token_loss import (
-    LossRows,
-    Objective,
-    RouteLoss,
-    entropy,
-    objective_of,
-    summarise,
-    target_logprobs,
-    token_loss,
-)
 
 NONE = KlClip(mode="none")
 VOCAB = 11
@@ -117,6 +109,11 @@ def metrics_of(sums: dict[str, Tensor], loss: Objective) -> dict[str, float]:
     return summarise({name: value.item() for name, value in sums.items()}, loss)
 
 
+def gradient_of(logits: Tensor, rows: LossRows, loss: Objective, teacher: Tensor, *old: Tensor) -> Tensor:
+    (gradient,) = torch.autograd.grad(logits_loss(logits, rows, loss, teacher, *old)[0].total, logits)
+    return gradient
+
+
 def test_two_tokens_by_hand() -> None:
     # Policy (3/4, 1/4) at both tokens. On-policy the first term is -A w = -(2 x 0.5) - (-1 x 0.25) = -0.75, and its
     # gradient per logit is -A w (onehot - p). Token 1 is routed: teacher (1/2, 1/2), so FKL = 1/2 log(2/3) + 1/2 log 2
@@ -132,7 +129,7 @@ def test_two_tokens_by_hand() -> None:
         route_weight=[0.4],
         teacher_row=[0],
     )
-    parts, sums = token_loss(logits, rows, objective(FKL), torch.zeros(1, 2))
+    parts, sums = logits_loss(logits, rows, objective(FKL), torch.zeros(1, 2))
     parts.total.backward()
     value = 0.5 * math.log(4 / 3)
     assert parts.policy.item() == pytest.approx(-0.75, abs=1e-6)
@@ -170,7 +167,7 @@ def test_clip_metrics_by_hand() -> None:
     teacher = torch.tensor([[0.60, 0.25, 0.10, 0.05], [0.25, 0.25, 0.25, 0.25]]).log()
     rows = rows_of(targets=[0, 0], route_row=[0, 1], route_index=[0, 0], route_weight=[1.0, 1.0], teacher_row=[0, 1])
     clipped = objective(route(0, "r", Fkl(clip=KlClip(mode="vocab_clamp", threshold=0.05))))
-    metrics = metrics_of(token_loss(policy, rows, clipped, teacher)[1], clipped)
+    metrics = metrics_of(logits_loss(policy, rows, clipped, teacher)[1], clipped)
     assert metrics["route/r/clipped_rows_frac"] == 0.5
     assert metrics["route/r/clipped_teacher_mass_frac"] == pytest.approx(0.30, abs=1e-6)
 
@@ -183,7 +180,7 @@ def test_mismatch_metrics_by_hand() -> None:
     half = math.log(2)
     for level, weights in (("none", (1.0, 1.0)), ("token", (1.5, 0.5)), ("sequence", (1.0, 1.0))):
         loss = objective(correction=RolloutCorrection(level=level, cap=1.5))
-        parts, sums = token_loss(logits, rows, loss, torch.zeros(0, 3))
+        parts, sums = logits_loss(logits, rows, loss, torch.zeros(0, 3))
         metrics = metrics_of(sums, loss)
         assert parts.policy.item() == pytest.approx(-sum(weights), abs=1e-6)
         assert metrics["mismatch/logprob_gap_mean_nats"] == pytest.approx(half, abs=1e-6)
@@ -211,10 +208,9 @@ def test_corrections_of_tokens_and_of_sequences_scale_the_policy_gradient_only()
     teacher = torch.tensor([[math.log(3.0), 0.0]])
     for level, weights in (("token", (2.0, 2.0, 0.5)), ("sequence", (3.0, 3.0, 0.5))):
         corrected = objective(FKL, correction=RolloutCorrection(level=level, cap=3.0))
-        parts, _ = token_loss(logits, rows, corrected, teacher)
-        policy = torch.autograd.grad(parts.policy, logits, retain_graph=True)[0]
+        policy = gradient_of(logits, only(rows, "policy"), corrected, teacher)
         assert policy[:, 0].tolist() == pytest.approx([-0.5 * weight for weight in weights], abs=1e-6)
-        routed = torch.autograd.grad(parts.routed, logits)[0]
+        routed = gradient_of(logits, only(rows, "routed"), corrected, teacher)
         assert routed.tolist() == [pytest.approx([-0.25, 0.25], abs=1e-6), [0.0, 0.0], [0.0, 0.0]]
 
 
@@ -225,7 +221,7 @@ def test_tokens_of_another_sampler_count_as_matched(level: str) -> None:
     corrected = objective(FKL, RKL, correction=RolloutCorrection(level=level))
     logits, teacher = make_logits(rows)
     unknown = replace(rows, rollout_logprobs=torch.where(rows.sequence == 1, math.nan, rows.rollout_logprobs))
-    parts, sums = token_loss(logits, unknown, corrected, teacher)
+    parts, sums = logits_loss(logits, unknown, corrected, teacher)
     (gradient,) = torch.autograd.grad(parts.total, logits)
     assert parts.total.isfinite() and gradient.isfinite().all()
     metrics = metrics_of(sums, corrected)
@@ -233,12 +229,12 @@ def test_tokens_of_another_sampler_count_as_matched(level: str) -> None:
 
     matched = target_logprobs(logits.detach(), rows.targets, 1.0)
     same = replace(rows, rollout_logprobs=torch.where(rows.sequence == 1, matched, rows.rollout_logprobs))
-    expected, _ = token_loss(logits, same, corrected, teacher)
+    expected, _ = logits_loss(logits, same, corrected, teacher)
     assert torch.equal(parts.total, expected.total)
     assert torch.equal(gradient, torch.autograd.grad(expected.total, logits)[0])
 
     sampled, _ = part(rows, 0, 5)
-    alone = metrics_of(token_loss(logits[:5], plain(sampled), corrected, teacher[:0])[1], corrected)
+    alone = metrics_of(logits_loss(logits[:5], plain(sampled), corrected, teacher[:0])[1], corrected)
     for name in ("logprob_gap_mean_nats", "logprob_gap_max_nats", "kl_nats"):
         assert metrics[f"mismatch/{name}"] == pytest.approx(alone[f"mismatch/{name}"], abs=1e-6)
 
@@ -246,32 +242,31 @@ def test_tokens_of_another_sampler_count_as_matched(level: str) -> None:
 def test_a_batch_without_any_sampled_token_has_no_mismatch() -> None:
     rows = replace(make_rows(5), rollout_logprobs=torch.full((5,), math.nan))
     logits, teacher = make_logits(rows)
-    metrics = metrics_of(token_loss(logits, rows, BOTH, teacher)[1], BOTH)
+    metrics = metrics_of(logits_loss(logits, rows, BOTH, teacher)[1], BOTH)
     assert metrics["mismatch/logprob_gap_mean_nats"] == metrics["mismatch/kl_nats"] == 0.0
     assert metrics["mismatch/correction_mean"] == 1.0
 
 
-@pytest.mark.parametrize("routes", [(), (FKL, RKL)], ids=["no routes", "routes without rows"])
-def test_without_routed_rows_loss_and_gradient_are_bit_equal_to_grpo(routes: tuple[RouteLoss, ...]) -> None:
+def test_without_routed_rows_loss_and_gradient_are_bit_equal_to_grpo() -> None:
     rows = plain(make_rows(40))
     logits, _ = make_logits(rows)
-    parts, _ = token_loss(logits, rows, objective(*routes), torch.zeros(0, 0))
-    parts.total.backward()
+    found, alone = (logits_loss(logits, rows, loss, torch.zeros(0, 0))[0] for loss in (BOTH, objective()))
+    assert torch.equal(found.total, alone.total)
+    gradients = [gradient_of(logits, rows, loss, torch.zeros(0, 0)) for loss in (BOTH, objective())]
+    assert torch.equal(*gradients)
 
-    grpo_logits = logits.detach().clone().requires_grad_()
-    logprobs = target_logprobs(grpo_logits, rows.targets, 1.0)
+    logprobs = logits.log_softmax(-1).gather(-1, rows.targets.unsqueeze(-1)).squeeze(-1)
     ratio = torch.exp(logprobs - logprobs.detach())
     surrogate = torch.minimum(ratio * rows.advantages, ratio.clamp(0.8, 1.28) * rows.advantages)
     grpo = (-surrogate * rows.pg_weight).sum()
-    grpo.backward()
-    assert torch.equal(parts.total, grpo)
-    assert torch.equal(logits.grad, grpo_logits.grad)
+    assert found.total.item() == pytest.approx(grpo.item(), abs=1e-7)
+    torch.testing.assert_close(gradients[0], torch.autograd.grad(grpo, logits)[0], rtol=0, atol=1e-8)
 
 
 def test_a_teacher_that_is_the_policy_adds_nothing() -> None:
     rows = make_rows(20)
     logits, _ = make_logits(rows)
-    _, sums = token_loss(logits, rows, BOTH, logits[rows.route_row])
+    _, sums = logits_loss(logits, rows, BOTH, logits[rows.route_row])
     for name in ("key_spans", "error_spans"):
         assert sums[f"{name}/rows"] > 0
         assert sums[f"{name}/value"] == 0.0
@@ -282,7 +277,7 @@ def test_no_gradient_reaches_the_teacher() -> None:
     rows = make_rows(20)
     logits, teacher = make_logits(rows)
     teacher.requires_grad_()
-    token_loss(logits, rows, BOTH, teacher)[0].total.backward()
+    logits_loss(logits, rows, BOTH, teacher)[0].total.backward()
     assert logits.grad is not None
     assert teacher.grad is None
 
@@ -291,7 +286,7 @@ def test_without_advantage_only_the_routed_rows_have_a_gradient() -> None:
     # A group whose rewards are all equal: GRPO says nothing, the divergence still does.
     rows = replace(make_rows(20), advantages=torch.zeros(20))
     logits, teacher = make_logits(rows)
-    token_loss(logits, rows, BOTH, teacher)[0].total.backward()
+    logits_loss(logits, rows, BOTH, teacher)[0].total.backward()
     is_routed = torch.zeros(20, dtype=torch.bool)
     is_routed[rows.route_row] = True
     assert 0 < is_routed.sum() < 20
@@ -309,14 +304,14 @@ def test_any_split_adds_up_to_the_same_loss_gradient_and_metrics(
     rows = make_rows(40)
     logits, teacher = make_logits(rows)
     old = target_logprobs(logits.detach(), rows.targets, 1.0) + 0.5 * torch.sin(torch.arange(40.0))
-    whole, sums = token_loss(logits, rows, loss, teacher, old if has_old else None)
+    whole, sums = logits_loss(logits, rows, loss, teacher, old if has_old else None)
     (gradient,) = torch.autograd.grad(whole.total, logits)
 
     bounds = (5 * torch.linspace(0, 8, num_parts + 1).round().int()).tolist()
     total, added = torch.zeros(()), dict.fromkeys(sums, 0.0)
     for start, end in pairwise(bounds):
         piece, mine = part(rows, start, end)
-        parts, piece_sums = token_loss(
+        parts, piece_sums = logits_loss(
             logits[start:end], piece, loss, teacher[mine], old[start:end] if has_old else None
         )
         total = total + parts.total
@@ -333,13 +328,13 @@ def test_any_split_adds_up_to_the_same_loss_gradient_and_metrics(
 def test_the_order_of_rows_does_not_matter() -> None:
     rows = make_rows(30)
     logits, teacher = make_logits(rows)
-    loss, _ = token_loss(logits, rows, BOTH, teacher)
+    loss, _ = logits_loss(logits, rows, BOTH, teacher)
     order = torch.randperm(30, generator=torch.Generator().manual_seed(5))
     moved = {name: getattr(rows, name)[order] for name in ROW_FIELDS}
     shuffled = replace(rows, **moved, route_row=torch.argsort(order)[rows.route_row])
     routed = torch.randperm(len(rows.route_row), generator=torch.Generator().manual_seed(6))
     shuffled = replace(shuffled, **{name: getattr(shuffled, name)[routed] for name in ROUTED_FIELDS})
-    found, _ = token_loss(logits[order], shuffled, BOTH, teacher)
+    found, _ = logits_loss(logits[order], shuffled, BOTH, teacher)
     assert found.total.item() == pytest.approx(loss.total.item(), abs=1e-6)
 
 
@@ -348,13 +343,13 @@ def test_no_rows_at_all_give_a_differentiable_zero_with_every_metric() -> None:
     nothing, _ = part(rows, 0, 0)
     hidden = torch.zeros(0, 3, requires_grad=True)
     head = torch.randn(3, VOCAB, requires_grad=True)
-    parts, sums = token_loss(hidden @ head, nothing, objective(FKL), torch.zeros(0, 0))
+    parts, sums = logits_loss(hidden @ head, nothing, objective(FKL), torch.zeros(0, 0))
     parts.total.backward()
     assert parts.total.item() == 0.0
     assert head.grad is not None
     assert (head.grad == 0).all()
     full, _ = make_logits(rows)
-    assert sums.keys() == token_loss(full, rows, objective(FKL), torch.zeros(0, 0))[1].keys()
+    assert sums.keys() == logits_loss(full, rows, objective(FKL), torch.zeros(0, 0))[1].keys()
     assert all(value.item() == 0.0 for value in sums.values())
     assert all(math.isfinite(value) for value in metrics_of(sums, objective(FKL)).values())
 
@@ -362,11 +357,11 @@ def test_no_rows_at_all_give_a_differentiable_zero_with_every_metric() -> None:
 def test_each_route_keeps_to_its_own_rows() -> None:
     rows = make_rows(30)
     logits, teacher = make_logits(rows)
-    both, sums = token_loss(logits, rows, BOTH, teacher)
+    both, sums = logits_loss(logits, rows, BOTH, teacher)
     for each in (FKL, RKL):
         mine = rows.route_index == each.index
         alone = replace(rows, **{name: getattr(rows, name)[mine] for name in ROUTED_FIELDS})
-        _, own = token_loss(logits, alone, objective(each), teacher)
+        _, own = logits_loss(logits, alone, objective(each), teacher)
         assert own[f"{each.name}/loss"].item() == pytest.approx(sums[f"{each.name}/loss"].item(), abs=1e-7)
         assert own[f"{each.name}/rows"] == mine.sum()
     assert both.routed.item() == pytest.approx((sums["key_spans/loss"] + sums["error_spans/loss"]).item(), abs=1e-6)
@@ -379,8 +374,8 @@ def test_two_routes_on_one_token_share_its_teacher_state_and_add_up() -> None:
     logits = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
     teacher = torch.tensor([[0.75, 0.25]], dtype=torch.float64).log()
     rows = rows_of(targets=[0], route_row=[0, 0], route_index=[0, 1], route_weight=[1.0, 2.0], teacher_row=[0, 0])
-    parts, _ = token_loss(logits, rows, BOTH, teacher)
-    (gradient,) = torch.autograd.grad(parts.routed, logits)
+    parts, _ = logits_loss(logits, rows, BOTH, teacher)
+    gradient = gradient_of(logits, only(rows, "routed"), BOTH, teacher)
     forward = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     reverse = 0.5 * math.log(2 / 3) + 0.5 * math.log(2)
     assert parts.routed.item() == pytest.approx(forward + 2 * reverse, abs=1e-12)
@@ -394,8 +389,8 @@ def test_a_route_that_reads_no_teacher_has_rows_without_states() -> None:
     logits = torch.tensor([[0.75, 0.25], [0.75, 0.25]], dtype=torch.float64).log().requires_grad_()
     rows = rows_of(targets=[0, 1], route_row=[0, 1], route_index=[0, 1], route_weight=[1.0, 0.5], teacher_row=[0, -1])
     teacher = torch.tensor([[0.75, 0.25]], dtype=torch.float64).log()  # equal to the policy
-    parts, sums = token_loss(logits, rows, likelihood, teacher)
-    (gradient,) = torch.autograd.grad(parts.routed, logits)
+    parts, sums = logits_loss(logits, rows, likelihood, teacher)
+    gradient = gradient_of(logits, only(rows, "routed"), likelihood, teacher)
     assert parts.routed.item() == pytest.approx(-0.5 * math.log(0.25), abs=1e-12)
     torch.testing.assert_close(gradient, torch.tensor([[0.0, 0.0], [0.375, -0.375]], dtype=torch.float64))
     metrics = metrics_of(sums, likelihood)
@@ -403,7 +398,7 @@ def test_a_route_that_reads_no_teacher_has_rows_without_states() -> None:
     assert metrics["route/likelihood/teacher_entropy_nats"] == metrics["route/likelihood/teacher_advantage_nats"] == 0.0
 
     alone = replace(rows, **{name: getattr(rows, name)[1:] for name in ROUTED_FIELDS})
-    without, _ = token_loss(logits, alone, likelihood, torch.zeros(0, 2))  # a run of which no route reads a teacher
+    without, _ = logits_loss(logits, alone, likelihood, torch.zeros(0, 2))  # a run of which no route reads a teacher
     assert without.routed.item() == parts.routed.item()
 
 
@@ -411,10 +406,10 @@ def test_sampling_temperature_belongs_to_the_policy_gradient_and_route_temperatu
     rows = make_rows(10)
     rows = replace(rows, route_index=torch.zeros_like(rows.route_index))
     logits, teacher = make_logits(rows)
-    _, base = token_loss(logits, rows, objective(FKL), teacher)
-    _, sampled = token_loss(logits, rows, objective(FKL, temperature=2.0), teacher)
-    _, halved = token_loss(logits / 2, rows, objective(FKL), teacher / 2)
-    _, warmed = token_loss(logits, rows, objective(route(0, "key_spans", FKL.action, 2.0)), teacher)
+    _, base = logits_loss(logits, rows, objective(FKL), teacher)
+    _, sampled = logits_loss(logits, rows, objective(FKL, temperature=2.0), teacher)
+    _, halved = logits_loss(logits / 2, rows, objective(FKL), teacher / 2)
+    _, warmed = logits_loss(logits, rows, objective(route(0, "key_spans", FKL.action, 2.0)), teacher)
     assert torch.equal(sampled["key_spans/value"], base["key_spans/value"])
     assert torch.equal(sampled["entropy"], halved["entropy"])
     assert torch.equal(sampled["mismatch"], halved["mismatch"])
@@ -429,7 +424,9 @@ def test_target_logprobs_are_those_of_the_sampler() -> None:
     logits = torch.tensor([[math.log(9.0), 0.0]])
     assert target_logprobs(logits, torch.tensor([1]), 2.0).item() == pytest.approx(math.log(0.25), abs=1e-6)
     nats = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
-    assert entropy(logits, 2.0).item() == pytest.approx(nats, abs=1e-6)
+    rows = rows_of(targets=[1])
+    sums = logits_loss(logits, rows, objective(temperature=2.0), torch.zeros(0, 2))[1]
+    assert sums["entropy"].item() == pytest.approx(nats, abs=1e-6)
 
 
 def test_half_precision_logits_are_compared_in_float32() -> None:
@@ -437,8 +434,8 @@ def test_half_precision_logits_are_compared_in_float32() -> None:
     logits, teacher = make_logits(rows)
     rounded = logits.detach().bfloat16()
     warm = objective(FKL, RKL, temperature=0.7)  # a quotient that bfloat16 would round
-    parts, sums = token_loss(rounded.requires_grad_(), rows, warm, teacher.bfloat16())
-    expected, precise = token_loss(rounded.detach().float(), rows, warm, teacher.bfloat16().float())
+    parts, sums = logits_loss(rounded.requires_grad_(), rows, warm, teacher.bfloat16())
+    expected, precise = logits_loss(rounded.detach().float(), rows, warm, teacher.bfloat16().float())
     assert parts.total.dtype == torch.float32
     assert torch.equal(parts.total, expected.total)
     assert {name: value.item() for name, value in sums.items()} == {n: value.item() for n, value in precise.items()}
@@ -448,20 +445,21 @@ def test_double_precision_stays_double() -> None:
     rows = make_rows(20).to(torch.float64)
     logits, teacher = (each.detach().double() for each in make_logits(rows))
     loss = objective(FKL, RKL, correction=RolloutCorrection(level="token"))
-    parts, _ = token_loss(logits.requires_grad_(), rows, loss, teacher)
+    parts, _ = logits_loss(logits.requires_grad_(), rows, loss, teacher)
     assert parts.total.dtype == parts.policy.dtype == parts.routed.dtype == torch.float64
 
-    def of_logits(values: Tensor) -> Tensor:
-        return token_loss(values, rows, loss, teacher, old_logprobs=old)[0].total
-
     old = target_logprobs(logits.detach(), rows.targets, 1.0) - 0.05
-    assert torch.autograd.gradcheck(of_logits, logits, eps=1e-6, atol=1e-9, rtol=1e-6)
+    gradient = gradient_of(logits, rows, loss, teacher, old)
+    direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    with torch.no_grad():
+        up, down = (logits_loss(logits + step * direction, rows, loss, teacher, old)[0].total for step in (1e-6, -1e-6))
+    assert ((up - down) / 2e-6).item() == pytest.approx((gradient * direction).sum().item(), rel=1e-8)
 
 
 def test_old_logprobs_make_the_ratio() -> None:
     # ratio 2 at A = 1 is clipped at 1.28 and counted
     rows = rows_of(targets=[0], advantages=[1.0], rollout_logprobs=[math.log(0.5)])
-    parts, sums = token_loss(
+    parts, sums = logits_loss(
         torch.zeros(1, 2), rows, objective(), torch.zeros(0, 0), old_logprobs=torch.tensor([math.log(0.25)])
     )
     assert parts.total.item() == pytest.approx(-1.28, abs=1e-6)
@@ -477,8 +475,8 @@ def test_an_importance_weight_is_the_ratio_of_the_token_and_carries_no_gradient(
     rows = rows_of(targets=[0], route_row=[0], route_index=[0], route_weight=[1.0], teacher_row=[0])
     teacher = torch.tensor([[math.log(3.0), 0.0]])
     old = torch.tensor([math.log(0.25)])
-    parts, _ = token_loss(logits, rows, objective(weighed), teacher, old)
-    (gradient,) = torch.autograd.grad(parts.routed, logits)
+    parts, _ = logits_loss(logits, rows, objective(weighed), teacher, old)
+    gradient = gradient_of(logits, only(rows, "routed"), objective(weighed), teacher, old)
     assert parts.routed.item() == pytest.approx(1.5 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5)), abs=1e-6)
     assert gradient[0].tolist() == pytest.approx([-0.375, 0.375], abs=1e-6)
 

@@ -1,17 +1,18 @@
-"""The loss of a packed set of response tokens: a weighted sum of policy-gradient terms and the terms of routes.
+"""What is optimised, in numbers: the constants of every token, the policy-gradient part, and how sums become metrics.
 
     loss = sum_t pg_weight[t] * c[t] * pg[t]  +  sum_r route_weight[r] * action_{route(r)}[r]
 
 with c the rollout correction. The weights carry schedule, ramp, token weights, aggregation and the *global*
 denominators (`trace_rl.training_batch`), all fixed before the batch is split. So micro-batches, ranks and accumulation
 only add up numbers, and any split into whole sequences gives the same loss. Metrics are sums too; `summarise` divides
-once, at the end. An empty set of rows gives a differentiable zero.
+once, at the end.
 
-Numbers are float32, or float64 where the logits are.
+How the loss is evaluated from hidden states is `trace_rl.head_loss`; this module never sees logits.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from trace_rl.actions import RoutedRows, RowAction
+from trace_rl.actions import RowAction
 from trace_rl.config.algorithm import Algorithm
 from trace_rl.policy_gradients import PolicyGradient, PolicyRows, RolloutCorrection, mismatch_statistics
 
@@ -70,6 +71,17 @@ class LossRows:
     teacher_row: Int[Tensor, " routed"]
     """Index into the teacher's rows; -1 where the action reads none."""
 
+    def tokens(self, start: int, end: int) -> LossRows:
+        """The constants of the tokens [start, end), without any route."""
+        per_token = {
+            name: getattr(self, name)[start:end]
+            for name in ("targets", "sequence", "advantages", "rollout_logprobs", "pg_weight")
+        }
+        per_route = {
+            name: getattr(self, name)[:0] for name in ("route_row", "route_index", "route_weight", "teacher_row")
+        }
+        return LossRows(num_sequences=self.num_sequences, **per_token, **per_route)
+
     def to(self, target: torch.device | torch.dtype) -> LossRows:
         """Copy to a device, or the real numbers to a precision."""
         is_device = isinstance(target, torch.device)
@@ -79,18 +91,6 @@ class LossRows:
             if isinstance(value, Tensor) and (is_device or value.is_floating_point())
         }
         return replace(self, **moved)
-
-
-@dataclass(frozen=True)
-class LossParts:
-    """The two parts of the loss; their sum is what is trained."""
-
-    policy: Float[Tensor, ""]
-    routed: Float[Tensor, ""]
-
-    @property
-    def total(self) -> Float[Tensor, ""]:
-        return self.policy + self.routed
 
 
 def objective_of(algorithm: Algorithm, sampling_temperature: float) -> Objective:
@@ -107,115 +107,72 @@ def objective_of(algorithm: Algorithm, sampling_temperature: float) -> Objective
     )
 
 
-def target_logprobs(
-    logits: Float[Tensor, "row vocab"], targets: Int[Tensor, " row"], temperature: float
-) -> Float[Tensor, " row"]:
-    """log softmax(logits / temperature)[target]: comparable with the sampler's log-probs."""
-    return torch.log_softmax(_precise(logits) / temperature, -1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-
-
-def token_loss(
-    logits: Float[Tensor, "row vocab"],
+def policy_loss(
+    policy_logprobs: Float[Tensor, " row"],
+    old_logprobs: Float[Tensor, " row"] | None,
     rows: LossRows,
     objective: Objective,
-    teacher_logits: Float[Tensor, "state vocab"],
-    old_logprobs: Float[Tensor, " row"] | None = None,
-) -> tuple[LossParts, dict[str, Tensor]]:
-    """Return the loss and its metric sums (detached; names ending in `_max` combine by maximum, others by addition).
+) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    """The policy-gradient part of the loss, and its metric sums.
 
     Args:
-        logits: policy logits that predict `rows.targets`, before any temperature.
-        teacher_logits: the teacher's logits in the order that `rows.teacher_row` refers to.
-        old_logprobs: log-probs of the policy before the first optimizer step of this batch; None when the policy being
+        policy_logprobs: of the sampled tokens at the sampling temperature; carries the gradient.
+        old_logprobs: those of the policy before the first optimizer step of this batch; None when the policy being
             differentiated *is* that policy (one optimizer step a batch), where the ratio is 1.
     """
-    policy_logprobs = target_logprobs(logits, rows.targets, objective.sampling_temperature)
     old = policy_logprobs.detach() if old_logprobs is None else old_logprobs
-    policy_loss, sums = _policy_loss(policy_logprobs, old, rows, objective)
-    sums["entropy"] = entropy(logits.detach(), objective.sampling_temperature).sum()
-    ratio = torch.exp(policy_logprobs.detach() - old)
-    routed = policy_loss.new_zeros(())
-    for route in objective.routes:
-        mine = rows.route_index == route.index
-        value, route_sums = _route_loss(logits, rows, route, mine, teacher_logits, ratio)
-        # without rows nothing is added, so that a run whose lambda is 0 is bit-identical to its policy gradient
-        routed = routed if value is None else routed + value
-        sums |= {f"{route.name}/{key}": number for key, number in route_sums.items()}
-    return LossParts(policy_loss, routed), sums
-
-
-def routed_rows(
-    logits: Float[Tensor, "row vocab"],
-    rows: LossRows,
-    route: RouteLoss,
-    mine: Bool[Tensor, " routed"],
-    teacher_logits: Float[Tensor, "state vocab"],
-    ratio: Float[Tensor, " row"],
-) -> RoutedRows:
-    """The rows of one route as its action reads them."""
-    index = rows.route_row[mine]
-    reads_teacher = "states" in (route.action.reads | route.ranking.reads)
-    teacher = teacher_logits[rows.teacher_row[mine]] if reads_teacher else teacher_logits[:0]
-    return RoutedRows(logits[index], teacher.detach(), rows.targets[index], route.temperature, ratio[index])
-
-
-def entropy(logits: Float[Tensor, "row vocab"], temperature: float) -> Float[Tensor, " row"]:
-    """Entropy of softmax(logits / temperature) in nats."""
-    logprobs = torch.log_softmax(_precise(logits) / temperature, -1)
-    return -(logprobs.exp() * logprobs).sum(-1)
-
-
-def _policy_loss(
-    policy_logprobs: Float[Tensor, " row"], old: Float[Tensor, " row"], rows: LossRows, objective: Objective
-) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     terms = objective.policy_gradient.terms(
         PolicyRows(policy_logprobs, old, rows.advantages, rows.sequence, rows.num_sequences)
     )
     # Completions of another sampler have no log-probs to compare with: they count as matched.
     is_sampled = torch.isfinite(rows.rollout_logprobs)
-    sampler = torch.where(is_sampled, rows.rollout_logprobs, old.detach())
+    sampler = torch.where(is_sampled, rows.rollout_logprobs, old)
     correction, is_capped = objective.correction.weights(old, sampler, rows.sequence, rows.num_sequences)
     loss = (terms.loss * correction * rows.pg_weight).sum()
     return loss, {
-        "tokens": _count(rows.targets),
-        "sampled_tokens": is_sampled.sum().float(),
+        "tokens": loss.new_tensor(float(len(rows.targets))),
+        "sampled_tokens": is_sampled.sum().to(loss.dtype),
         "loss/policy_gradient": loss.detach(),
-        "pg_clipped": terms.is_clipped.sum().float(),
+        "pg_clipped": terms.is_clipped.sum().to(loss.dtype),
         **mismatch_statistics(old, sampler, correction, is_capped),
     }
 
 
-def _route_loss(
-    logits: Float[Tensor, "row vocab"],
-    rows: LossRows,
-    route: RouteLoss,
-    mine: Bool[Tensor, " routed"],
-    teacher_logits: Float[Tensor, "state vocab"],
-    ratio: Float[Tensor, " row"],
-) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """Weighted terms of one route; None without rows."""
-    if not bool(mine.any()):
-        zero = logits.new_zeros((), dtype=torch.float32)
-        return None, dict.fromkeys(("loss", "rows", "value_max", *_ROUTE_MEANS), zero)
-    routed = routed_rows(logits, rows, route, mine, teacher_logits, ratio)
-    terms = route.action.terms(routed)
-    loss = (terms.loss * rows.route_weight[mine]).sum()
-    sums = {
-        "loss": loss.detach(),
-        "rows": _count(routed.targets),
-        "value": terms.unclipped.sum(),
-        "value_max": terms.unclipped.max(),
-        "clipped": terms.is_clipped.sum().float(),
-        "mass": terms.clipped_teacher_mass.sum(),
-        "teacher_entropy": loss.new_zeros(()),
-        "teacher_advantage": loss.new_zeros(()),
+def couples_tokens(objective: Objective, is_one_step: bool) -> bool:
+    """Whether the policy-gradient weight of a token depends on other tokens' log-probs under the policy.
+
+    Args:
+        is_one_step: one optimizer step is taken on a batch, so the policy is the old one.
+    """
+    return objective.correction.level == "sequence" or objective.policy_gradient.couples_tokens(is_one_step)
+
+
+def route_sums(
+    value: Float[Tensor, " row"],
+    is_clipped: Bool[Tensor, " row"],
+    clipped_teacher_mass: Float[Tensor, " row"],
+    loss: Float[Tensor, " row"],
+    teacher_entropy: Float[Tensor, " row"],
+    teacher_advantage: Float[Tensor, " row"],
+) -> dict[str, Tensor]:
+    """Metric sums of rows of one route; no rows give zeros. The last two have no rows where no teacher is read."""
+    return {
+        "loss": loss.sum(),
+        "rows": value.new_tensor(float(len(value))),
+        "value": value.sum(),
+        "value_max": value.max() if len(value) else value.sum(),
+        "clipped": is_clipped.sum().to(value.dtype),
+        "mass": clipped_teacher_mass.sum(),
+        "teacher_entropy": teacher_entropy.sum(),
+        "teacher_advantage": teacher_advantage.sum(),
     }
-    if len(routed.teacher_logits):
-        teacher = torch.log_softmax(_precise(routed.teacher_logits) / route.temperature, -1)
-        own = target_logprobs(routed.policy_logits.detach(), routed.targets, route.temperature)
-        sums["teacher_entropy"] = -(teacher.exp() * teacher).sum()
-        sums["teacher_advantage"] = (teacher.gather(-1, routed.targets.unsqueeze(-1)).squeeze(-1) - own).sum()
-    return loss, sums
+
+
+def merge_sums(total: dict[str, Any], other: Mapping[str, Any]) -> None:
+    """Add metric sums, numbers or tensors, in place; names ending in `_max` combine by maximum."""
+    for name, value in other.items():
+        combine = max if name.endswith("_max") else operator.add
+        total[name] = combine(total[name], value) if name in total else value
 
 
 def summarise(sums: Mapping[str, float], objective: Objective) -> dict[str, float]:
@@ -248,12 +205,3 @@ def summarise(sums: Mapping[str, float], objective: Objective) -> dict[str, floa
             f"route/{route.name}/teacher_advantage_nats": mean["teacher_advantage"],
         }
     return metrics
-
-
-def _precise(values: Tensor) -> Tensor:
-    """At least float32."""
-    return values if values.dtype == torch.float64 else values.float()
-
-
-def _count(values: Tensor) -> Float[Tensor, ""]:
-    return torch.tensor(float(len(values)))
