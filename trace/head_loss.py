@@ -99,7 +99,10 @@ def head_loss(
         ValueError: an action reads a teacher, but its rows have no teacher's state.
     """
     run = _Run(policy, rows, objective, teacher, old_logprobs, tile_bytes)
-    total = _HeadLoss.apply(policy.hidden, policy.head, run) if torch.is_grad_enabled() else run.evaluate(False, False)
+    if torch.is_grad_enabled():
+        total: Tensor = _HeadLoss.apply(policy.hidden, policy.head, run)  # type: ignore[no-untyped-call]
+    else:
+        total = run.evaluate(needs_hidden=False, needs_head=False)
     zero = total.new_zeros(())
     routed = sum((run.sums[f"{route.name}/loss"] for route in objective.routes), zero)
     return LossParts(total, run.sums["loss/policy_gradient"], routed), run.sums
@@ -256,10 +259,12 @@ class _Run:
         needs_gradient = self.hidden_gradient is not None or self.head_gradient is not None
         entries = [self._entries(route, start, end) for route in self._objective.routes]
         second = logits.new_empty(sum(map(len, entries)), logits.shape[-1])
-        cuts = second.split([len(index) for index in entries])
-        for route, index, into in zip(self._objective.routes, entries, cuts, strict=True):
+        used = 0
+        for route, index in zip(self._objective.routes, entries, strict=True):
             if len(index):
+                into = second[used : used + len(index)]
                 self._add_route(route, self._route(route, index, logits, found.logprobs, start, into))
+                used += len(index)
         if not needs_gradient or (not len(second) and not slope.any()):
             return
         tokens = self._rows.route_row[torch.cat(entries)] - start if entries else slope.new_zeros(0, dtype=torch.long)
@@ -356,7 +361,8 @@ def _token_tiles(rows: LossRows, policy: Projection, tile_bytes: int) -> list[tu
 
 
 def _tiles(index: Int[Tensor, " row"], policy: Projection, tile_bytes: int) -> Iterator[Int[Tensor, " chosen"]]:
-    return (part for part in index.split(_rows_per_tile(policy, tile_bytes)) if len(part))
+    size = _rows_per_tile(policy, tile_bytes)
+    return (index[start : start + size] for start in range(0, len(index), size))
 
 
 def _rows_per_tile(policy: Projection, tile_bytes: int) -> int:

@@ -40,10 +40,9 @@ class Weighed(RowAction):
     """The term is multiplied with min(pi / pi_old, cap) of its token, which carries no gradient (cap 2 in SDPO,
     arXiv:2601.20802); 0: it is not. Matters with several optimizer steps a batch only."""
 
-    def _importance(self, rows: RoutedRows) -> Float[Tensor, " row"]:
-        if not self.importance_cap:
-            return torch.ones_like(rows.ratio)
-        return rows.ratio.clamp(max=self.importance_cap)
+    def importance(self, ratio: Float[Tensor, " row"]) -> Float[Tensor, " row"]:
+        """What the term of a token is multiplied with, given pi / pi_old of the token."""
+        return ratio.clamp(max=self.importance_cap) if self.importance_cap else torch.ones_like(ratio)
 
 
 class _Divergence(Weighed):
@@ -74,7 +73,7 @@ class _Divergence(Weighed):
             teacher = outcomes.teacher
             bounded = bound(self._terms(outcomes), self.clip)
         return RowTerms(
-            loss=bounded.loss * self._importance(rows).to(bounded.loss.dtype),
+            loss=bounded.loss * self.importance(rows.ratio).to(bounded.loss.dtype),
             unclipped=bounded.unclipped,
             is_clipped=bounded.is_clipped.any(-1),
             clipped_teacher_mass=_mass(teacher, bounded.is_clipped),
@@ -165,7 +164,7 @@ class Nll(Weighed):
     def terms(self, rows: RoutedRows) -> RowTerms:
         value = -rows.policy_logprobs.gather(-1, rows.targets.unsqueeze(-1)).squeeze(-1)
         return RowTerms(
-            loss=value * self._importance(rows).to(value.dtype),
+            loss=value * self.importance(rows.ratio).to(value.dtype),
             unclipped=value.detach(),
             is_clipped=torch.zeros_like(value, dtype=torch.bool),
             clipped_teacher_mass=torch.zeros_like(value.detach()),

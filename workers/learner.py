@@ -26,9 +26,9 @@ from torch import Tensor
 from trace_rl.batch import TokenStatistics, TrainingBatch
 from trace_rl.config.run import RunConfig
 from trace_rl.errors import ConfigError, TraceError, TrainingError, WorkerError
-from trace_rl.objective import objective_of, summarise
+from trace_rl.objective import merge_sums, objective_of, summarise
 from trace_rl.workers import checkpoint
-from trace_rl.workers.batch_runner import StepReport, merge_sums
+from trace_rl.workers.batch_runner import StepReport
 from trace_rl.workers.learner_rank import LearnerRank, LearnerSpec
 from trace_rl.workers.waiting import first_cause, worker_error
 from trace_rl.workers.weight_sender import TransferGroup, WeightManifest, transfer_backend
