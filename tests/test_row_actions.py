@@ -1,6 +1,7 @@
 """Actions that add a term: values, gradients, estimators whose mean is exact, and what they must not touch."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -39,7 +40,8 @@ def make_rows(num_rows: int = 6, vocab: int = 7, temperature: float = 1.0, seed:
 
 
 def gradient(action: RowAction, rows: RoutedRows) -> Tensor:
-    (found,) = torch.autograd.grad(action.terms(rows).loss.sum(), rows.policy_logits)
+    fresh = replace(rows)  # rows keep their log-probs, and a graph is good for one backward pass
+    (found,) = torch.autograd.grad(action.terms(fresh).loss.sum(), rows.policy_logits)
     return found
 
 

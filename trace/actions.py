@@ -48,7 +48,7 @@ class RoutedRows:
     """The rows of one route in one micro-batch."""
 
     policy_logits: Float[Tensor, "row vocab"]
-    """Before any temperature, in at least float32; carries the gradient."""
+    """Before any temperature; carries the gradient."""
     teacher_logits: Float[Tensor, "row vocab"]
     """Detached, before any temperature; no rows where the action does not read states."""
     targets: Int[Tensor, " row"]
@@ -60,13 +60,13 @@ class RoutedRows:
 
     @cached_property
     def policy_logprobs(self) -> Float[Tensor, "row vocab"]:
-        """log softmax(policy_logits / temperature), with its gradient."""
-        return torch.log_softmax(self.policy_logits / self.temperature, -1)
+        """log softmax(policy_logits / temperature) in at least float32, with its gradient; computed once."""
+        return _logprobs(self.policy_logits, self.temperature)
 
     @cached_property
     def teacher_logprobs(self) -> Float[Tensor, "row vocab"]:
-        """log softmax(teacher_logits / temperature)."""
-        return torch.log_softmax(self.teacher_logits / self.temperature, -1)
+        """log softmax(teacher_logits / temperature) in at least float32."""
+        return _logprobs(self.teacher_logits.detach(), self.temperature)
 
 
 @dataclass(frozen=True)
@@ -104,3 +104,8 @@ class AdvantageAction(Action):
             policy_weight: what the route leaves of the policy gradient on its tokens (`on_routed`).
             weights: schedule value times class multiplier times token weight, for every token.
         """
+
+
+def _logprobs(logits: Float[Tensor, "row vocab"], temperature: float) -> Float[Tensor, "row vocab"]:
+    precise = logits if logits.dtype == torch.float64 else logits.float()
+    return torch.log_softmax(precise / temperature, -1)
