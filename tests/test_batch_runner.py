@@ -112,6 +112,34 @@ def test_minibatches_compare_with_the_policy_before_the_first_step(groups: dict[
     assert gap(group.weights(), weights) <= TOLERANCE
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_sequences_without_gradient_are_read_and_change_nothing(
+    groups: dict[int, Group], model_path: str, world_size: int, zero_stage: int
+) -> None:
+    # Sequence 0 is in no route and has no advantage now; with 2 ranks the other has no sequence of its kind.
+    batch = with_advantage(BATCHES[0], 0, 0.0)
+    expected, _, norms = reference(model_path, [batch])
+    config = run_config(model_path, world_size=world_size, zero_stage=zero_stage)
+    group = groups[world_size].build(learner_spec(config))
+    (report,) = group.train([batch])
+    assert gap(group.weights(), expected) <= TOLERANCE
+    assert report.grad_norms[0] == pytest.approx(norms[0], rel=1e-5)
+    lengths = [len(s.prompt_token_ids) + len(s.token_ids) for s in batch.sequences]
+    assert report.backward_frac == pytest.approx(1 - lengths[0] / sum(lengths))
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_a_batch_without_any_gradient_is_a_step_of_zero(
+    groups: dict[int, Group], model_path: str, zero_stage: int
+) -> None:
+    plain = [replace(s, route_weight=0 * s.route_weight, advantages=0 * s.advantages) for s in BATCHES[0].sequences]
+    group = groups[2].build(learner_spec(run_config(model_path, world_size=2, zero_stage=zero_stage)))
+    (report,) = group.train([replace(BATCHES[0], sequences=tuple(plain))])
+    assert report.grad_norms == [0.0] and report.backward_frac == 0.0
+    assert report.sums["tokens"] > 0 and report.sums["entropy"] > 0
+
+
 def test_without_routed_rows_a_run_is_bit_identical_to_one_without_routes(
     groups: dict[int, Group], model_path: str
 ) -> None:

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from trace_rl.batch import RolloutKey, TrainingSequence
 from trace_rl.errors import DataError
-from trace_rl.packing import length_batches, num_tokens, pack, padded_tokens, plan_micro_batches, split_minibatches
+from trace_rl.packing import (
+    carries_gradient,
+    length_batches,
+    num_tokens,
+    pack,
+    padded_tokens,
+    plan_micro_batches,
+    split_minibatches,
+)
 
 LENGTHS = st.lists(st.integers(2, 40), max_size=30)
 
@@ -104,12 +112,12 @@ def test_empty_pack_has_one_token_and_no_rows() -> None:
 
 
 def test_plan_by_hand() -> None:
-    # Sorted by length: 9 8 | 5 4 4 3 | 2 with at most 20 padded tokens: 2 x 9, 4 x 5, 1 x 2. Two ranks need an even
-    # number: the largest (4 x 5) is halved into 5 4 (10) and 4 3 (8). By size: 18 | 10, then 8 | 2 dealt in reverse.
+    # Longest first, at most 20 padded tokens and 5 % padding above 5: 9 | 8 | 5 | 4 4 | 3 2, where 3 2 is less than a
+    # quarter full. Two ranks need an even number: 4 4 is halved. By size: 9 | 8, then 3 2 | 5 dealt in reverse, 4 | 4.
     lengths = [4, 9, 3, 2, 5, 8, 4]
     plan = plan_micro_batches(lengths, 20, 2)
-    assert plan == (((1, 5), (3,)), ((4, 0), (6, 2)))
-    assert padded_tokens(plan, lengths) == 18 + 2 + 10 + 8
+    assert plan == (((1,), (4,), (0,)), ((5,), (2, 3), (6,)))
+    assert padded_tokens(plan, lengths) == 9 + 8 + 6 + 5 + 4 + 4
 
 
 def test_fewer_sequences_than_ranks_leaves_ranks_empty() -> None:
@@ -148,5 +156,21 @@ def test_minibatches_keep_groups_together_and_in_order() -> None:
 
 
 def test_batches_respect_the_token_budget() -> None:
-    # longest first: 12 is over the budget and still goes, alone; 10 and 9 alone; 4 and 3 pad to 2 x 4 = 8 <= 10
-    assert length_batches([10, 3, 9, 4, 12], 10) == [[4], [0], [2], [3, 1]]
+    # longest first: 12 is over the budget and still goes, alone; 10 and 9 alone; 4 and 4 are 8 <= 10
+    assert length_batches([10, 4, 9, 4, 12], 10) == [[4], [0], [2], [1, 3]]
+
+
+def test_batches_are_closed_at_five_percent_padding() -> None:
+    # 20 x 10, then 9: 209 of 210 tokens, 0.5 % padding; 5: 214 of 220 are 2.7 %; 3: 217 of 230 would be 5.7 %
+    lengths = [10] * 20 + [9, 5, 3]
+    assert length_batches(lengths, 800) == [[*range(22)], [22]]
+    # a quarter of the budget is not reached: what a pass costs outweighs the padding
+    assert length_batches(lengths, 1000) == [[*range(23)]]
+
+
+def test_what_has_no_gradient() -> None:
+    silent = sequence([1], [2, 3], [], advantage=0.0)
+    assert carries_gradient(sequence([1], [2, 3], []), True)
+    assert not carries_gradient(silent, True)
+    assert carries_gradient(silent, False)  # a policy gradient that does not vanish with the advantage
+    assert carries_gradient(sequence([1], [2, 3], [0], advantage=0.0), True)

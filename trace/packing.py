@@ -25,6 +25,9 @@ from trace_rl.batch import TrainingSequence
 from trace_rl.errors import DataError
 from trace_rl.objective import LossRows
 
+_MAX_PADDING = 0.05
+"""Largest share of padding in a micro-batch that is at least a quarter full."""
+
 Plan = tuple[tuple[tuple[int, ...], ...], ...]
 """[rank][micro-batch] -> indices of sequences; an empty micro-batch only keeps its rank in step with the others."""
 
@@ -52,6 +55,16 @@ class MicroBatch:
 def num_tokens(sequence: TrainingSequence) -> int:
     """Prompt and response tokens of a sequence."""
     return len(sequence.prompt_token_ids) + len(sequence.token_ids)
+
+
+def carries_gradient(sequence: TrainingSequence, is_policy_gradient_by_advantage: bool) -> bool:
+    """Whether a sequence has a token whose loss can have a gradient.
+
+    Args:
+        is_policy_gradient_by_advantage: tokens whose advantage is 0 have no policy gradient.
+    """
+    policy = sequence.pg_weight * sequence.advantages if is_policy_gradient_by_advantage else sequence.pg_weight
+    return bool(np.any(policy) or np.any(sequence.route_weight))
 
 
 def split_minibatches(sequences: Sequence[TrainingSequence], count: int) -> list[list[TrainingSequence]]:
@@ -156,13 +169,23 @@ def pack(sequences: Sequence[TrainingSequence]) -> MicroBatch:
 
 
 def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices in batches of similar length, longest first, of at most `max_tokens` padded tokens or one sequence."""
+    """Indices in batches of similar length, longest first, of at most `max_tokens` padded tokens or one sequence.
+
+    A batch is closed where another sequence would make more than 5 % of it padding, unless it would end up less than a
+    quarter full: below that what a pass costs beside its tokens outweighs the padding.
+    """
     batches: list[list[int]] = []
+    used = 0  # tokens of the last batch without padding
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:
+        longest = lengths[batches[-1][0]] if batches else 0
+        padded = (len(batches[-1]) + 1) * longest if batches else 0
+        is_wasteful = used + lengths[index] < (1 - _MAX_PADDING) * padded and padded - longest >= max_tokens / 4
+        if batches and padded <= max_tokens and not is_wasteful:
             batches[-1].append(index)
+            used += lengths[index]
         else:
             batches.append([index])
+            used = lengths[index]
     return batches
 
 

@@ -21,7 +21,16 @@ from trace_rl.config.roles import LearnerSettings
 from trace_rl.errors import TrainingError
 from trace_rl.head_loss import Projection, head_logprobs, head_loss, head_statistics
 from trace_rl.objective import Objective, merge_sums
-from trace_rl.packing import MicroBatch, Plan, num_tokens, pack, padded_tokens, plan_micro_batches, split_minibatches
+from trace_rl.packing import (
+    MicroBatch,
+    Plan,
+    carries_gradient,
+    num_tokens,
+    pack,
+    padded_tokens,
+    plan_micro_batches,
+    split_minibatches,
+)
 
 if TYPE_CHECKING:
     import deepspeed
@@ -38,6 +47,22 @@ class StepReport:
     learning_rate: float
     num_micro_batches: int
     padding_frac: float
+    backward_frac: float
+    """Share of the tokens of all ranks in sequences that can have a gradient; the others are read for metrics only."""
+
+
+@dataclass
+class Minibatch:
+    """What one optimizer step reads, on one rank."""
+
+    micro_batches: tuple[list[MicroBatch], list[MicroBatch]]
+    """Of sequences that can have a gradient, and of those that cannot."""
+    num_tokens: int
+    """Of all ranks."""
+    num_backward_tokens: int
+    num_padded_tokens: int
+    old_logprobs: Sequence[Sequence[Tensor]] = ()
+    """By micro-batch; none where one optimizer step is taken on a batch."""
 
 
 class BatchRunner:
@@ -73,24 +98,25 @@ class BatchRunner:
             TrainingError: a loss or gradient is not finite, or the batch does not fit what the rank has been given.
         """
         self._check_batch(batch)
-        parts = split_minibatches(batch.sequences, self._settings.minibatches_per_step)
-        plans = [self._plan(part) for part in parts]
-        mine = [self._pack(part, plan) for part, plan in zip(parts, plans, strict=True)]
-        old = [[self.logprobs(m) for m in part] if len(parts) > 1 else [None] * len(part) for part in mine]
+        parts = [
+            self._minibatch(part) for part in split_minibatches(batch.sequences, self._settings.minibatches_per_step)
+        ]
+        for part in parts if len(parts) > 1 else []:
+            part.old_logprobs = [[self.logprobs(micro_batch) for micro_batch in each] for each in part.micro_batches]
         learning_rate = float(self._engine.get_lr()[0])
         sums: dict[str, float] = {}
         norms = []
-        for number, part in enumerate(mine):
+        for number, part in enumerate(parts):
             where = f"step {batch.step}" + (f", minibatch {number}" if len(parts) > 1 else "")
-            norms.append(self._optimizer_step(part, old[number], len(parts), sums, where))
-        lengths = [[num_tokens(sequence) for sequence in part] for part in parts]
-        num_padded = sum(padded_tokens(plan, part) for plan, part in zip(plans, lengths, strict=True))
+            norms.append(self._optimizer_step(part, len(parts), sums, where))
+        total = sum(part.num_tokens for part in parts)
         return StepReport(
             sums=sums,
             grad_norms=norms,
             learning_rate=learning_rate,
-            num_micro_batches=sum(len(part) for part in mine),
-            padding_frac=1 - sum(map(sum, lengths)) / num_padded,
+            num_micro_batches=sum(len(each) for part in parts for each in part.micro_batches),
+            padding_frac=1 - total / sum(part.num_padded_tokens for part in parts),
+            backward_frac=sum(part.num_backward_tokens for part in parts) / total,
         )
 
     def score(self, batch: TrainingBatch) -> list[TokenStatistics]:
@@ -158,32 +184,50 @@ class BatchRunner:
     def _pack(self, sequences: Sequence[TrainingSequence], plan: Plan) -> list[MicroBatch]:
         return [pack([sequences[index] for index in indices]) for indices in plan[self._rank]]
 
-    def _optimizer_step(
-        self,
-        micro_batches: Sequence[MicroBatch],
-        old_logprobs: Sequence[Tensor | None],
-        num_minibatches: int,
-        sums: dict[str, float],
-        where: str,
-    ) -> float:
+    def _minibatch(self, sequences: Sequence[TrainingSequence]) -> Minibatch:
+        """Plan a minibatch. What has no gradient gets no backward pass; where all is such, one that gives zero does."""
+        by_advantage = self._objective.policy_gradient.vanishes_without_advantage
+        kinds: tuple[list[TrainingSequence], list[TrainingSequence]] = ([], [])
+        for sequence in sequences:
+            kinds[0 if carries_gradient(sequence, by_advantage) else 1].append(sequence)
+        plans = [self._plan(kind) if kind or not number else () for number, kind in enumerate(kinds)]
+        lengths = [[num_tokens(sequence) for sequence in kind] for kind in kinds]
+        backward, forward = (self._pack(*each) if each[1] else [] for each in zip(kinds, plans, strict=True))
+        return Minibatch(
+            micro_batches=(backward, forward),
+            num_tokens=sum(map(sum, lengths)),
+            num_backward_tokens=sum(lengths[0]),
+            num_padded_tokens=sum(padded_tokens(*each) for each in zip(plans, lengths, strict=True)),
+        )
+
+    def _optimizer_step(self, part: Minibatch, num_minibatches: int, sums: dict[str, float], where: str) -> float:
         """Accumulate the micro-batches and step; adds their metric sums to `sums`, returns the gradient norm.
 
         The weights of a batch add up to one mean over all of it; a minibatch is scaled up to estimate that mean.
         """
         from trace_rl.workers import deepspeed_engine
 
-        for number, (micro_batch, old) in enumerate(zip(micro_batches, old_logprobs, strict=True)):
-            loss, terms = self._engine(micro_batch.to(self._device), self._loss(old))
-            self._check_loss(loss, f"{where}, micro-batch {number}")
-            is_last = number == len(micro_batches) - 1
-            deepspeed_engine.accumulate(self._engine, loss * num_minibatches, is_last)
-            merge_sums(sums, {name: float(value) for name, value in terms.items()})
+        backward, forward = part.micro_batches
+        old = part.old_logprobs or [[None] * len(each) for each in part.micro_batches]
+        with torch.no_grad():
+            for number, micro_batch in enumerate(forward):
+                self._forward(micro_batch, old[1][number], sums, f"{where}, micro-batch {number} without gradient")
+        for number, micro_batch in enumerate(backward):
+            loss = self._forward(micro_batch, old[0][number], sums, f"{where}, micro-batch {number}")
+            deepspeed_engine.accumulate(self._engine, loss * num_minibatches, is_last=number == len(backward) - 1)
         norm = deepspeed_engine.optimizer_step(self._engine)
         if not np.isfinite(norm):
             raise TrainingError(
                 f"{where}: the gradient norm is not finite although every loss was; the optimizer step was not taken"
             )
         return norm
+
+    def _forward(self, micro_batch: MicroBatch, old: Tensor | None, sums: dict[str, float], where: str) -> Tensor:
+        """The loss of a micro-batch, checked on all ranks."""
+        loss, terms = self._engine(micro_batch.to(self._device), self._loss(old))
+        self._check_loss(loss, where)
+        merge_sums(sums, {name: float(value) for name, value in terms.items()})
+        return loss
 
     def _loss(self, old_logprobs: Tensor | None) -> Any:
         def loss(policy: Projection, micro_batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
