@@ -44,7 +44,10 @@ class Host:
         self._rank = LearnerRank(spec, self._number)
         self._store = self._rank._store = self._store or self._rank._connect_store(*address)
         manifest = self._rank.start(*address)
-        deepspeed_engine.join_process_group = lambda *_: None  # the process stays in the group that it joined
+        deepspeed_engine.join_process_group = lambda *_: None  # the process stays in the groups that it joined
+        shared = self._rank._runner._ranks.sequence_group
+        if shared is not None:
+            deepspeed_engine.share_sequences = lambda *_: shared
         return manifest
 
     def call(self, method: str, *args: Any) -> Any:
@@ -64,7 +67,7 @@ class Group:
     def __init__(self, world_size: int) -> None:
         import ray
 
-        self.actors = [ray.remote(Host).options(num_cpus=0.5).remote(rank) for rank in range(world_size)]
+        self.actors = [ray.remote(Host).options(num_cpus=0.25).remote(rank) for rank in range(world_size)]
         self._address: tuple[str, int] | None = None
 
     def all(self, method: str, *args: Any) -> list[Any]:

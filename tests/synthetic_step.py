@@ -39,7 +39,9 @@ from trace_rl.packing import MicroBatch, pack
 from trace_rl.prompts import PromptEncoder
 from trace_rl.routing import route_rollouts
 from trace_rl.selectors import Selector, Top
+from trace_rl.token_layout import Layout, Padded
 from trace_rl.workers.batch_runner import BatchRunner
+from trace_rl.workers.ranks import Ranks
 
 METHODS = Path(__file__).parent.parent / "configs" / "methods"
 PRESETS = sorted(file.stem for file in METHODS.glob("*.yaml"))
@@ -58,6 +60,7 @@ GROUPS: dict[str, list[tuple[float, int, list[tuple[str, int, int]]]]] = {
     "wrong": [(0.0, 8, [("error", 4, 6)]), (0.0, 5, [("error", 0, 5)]), (0.0, 1, [])],
 }
 MAX_TOKENS = 16
+PADDED = Padded()
 
 
 class Tokenizer:
@@ -84,7 +87,10 @@ class TinyModel(nn.Module):
         return torch.tanh(torch.cat([own, mean], -1) @ self.mixing)
 
     def projection(self, packed: MicroBatch) -> Projection:
-        return Projection(self.states(packed.input_ids).flatten(0, 1)[packed.row_index], self.head)
+        grid = packed.grid
+        rows = grid.input_ids.split(list(grid.runs), dim=1) if grid.runs else [grid.input_ids]
+        states = torch.cat([self.states(row).flatten(0, 1) for row in rows])
+        return Projection(states[packed.row_index], self.head)
 
 
 class RoundedModel(TinyModel):
@@ -237,7 +243,8 @@ def make_case(
         lambda packed, read: read(policy.projection(packed), packed),  # type: ignore[arg-type]
         config.learner,
         objective,
-        (0, 1),
+        Ranks(0, 1),
+        PADDED,
         torch.device("cpu"),
     )
     runner.set_teacher_head(teacher.head.detach())
@@ -273,12 +280,13 @@ def evaluate(
     old: TinyModel | None = None,
     policy: TinyModel = POLICY,
     part: str = "total",
+    layout: Layout = PADDED,
 ) -> tuple[float, Tensor]:
     """Loss and flat gradient, accumulated over micro-batches of the case's sequences."""
     policy.zero_grad()
     loss = 0.0
     for indices in split:
-        packed = pack([case.sequences[index] for index in indices])
+        packed = pack([case.sequences[index] for index in indices], layout)
         rows = packed.rows if part == "total" else only(packed.rows, part)
         value = parts_of(case, packed, policy, old, rows).total
         value.backward()

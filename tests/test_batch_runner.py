@@ -33,8 +33,10 @@ from trace_rl.config.algorithm import Algorithm
 from trace_rl.errors import ConfigError, TrainingError
 from trace_rl.objective import objective_of
 from trace_rl.packing import MicroBatch
+from trace_rl.token_layout import Padded
 from trace_rl.workers.batch_runner import BatchRunner
 from trace_rl.workers.learner import learner_spec
+from trace_rl.workers.ranks import Ranks
 
 pytestmark = pytest.mark.engine
 
@@ -81,6 +83,27 @@ def test_gradient_checkpointing_changes_nothing(
     groups: dict[int, Group], model_path: str, expected: Any, zero_stage: int
 ) -> None:
     config = run_config(model_path, world_size=2, zero_stage=zero_stage, gradient_checkpointing=True)
+    group = groups[2].build(learner_spec(config))
+    group.train(BATCHES)
+    assert gap(group.weights(), expected[0]) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("world_size", "zero_stage"), [(1, 2), (2, 3)])
+def test_sequences_end_to_end_change_nothing(
+    groups: dict[int, Group], model_path: str, expected: Any, world_size: int, zero_stage: int
+) -> None:
+    config = run_config(model_path, world_size=world_size, zero_stage=zero_stage, layout="packed")
+    group = groups[world_size].build(learner_spec(config))
+    reports = group.train(BATCHES)
+    assert [report.padding_frac for report in reports] == [0, 0]
+    assert gap(group.weights(), expected[0]) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("offload", "zero_stage"), [("optimizer", 1), ("optimizer", 2), ("all", 3)])
+def test_what_waits_in_cpu_memory_changes_nothing(
+    groups: dict[int, Group], model_path: str, expected: Any, offload: str, zero_stage: int
+) -> None:
+    config = run_config(model_path, world_size=2, zero_stage=zero_stage, offload=offload)
     group = groups[2].build(learner_spec(config))
     group.train(BATCHES)
     assert gap(group.weights(), expected[0]) <= TOLERANCE
@@ -311,7 +334,9 @@ def test_a_route_without_a_teacher_is_scored_without_log_probs_of_one(dtype: tor
     def engine(packed: MicroBatch, read: Callable[..., Any]) -> Any:
         return read(as_states(torch.eye(300)[packed.rows.targets].to(dtype)), packed)
 
-    runner = BatchRunner(engine, config.learner, objective_of(algorithm, 1.0), (0, 1), torch.device("cpu"))
+    runner = BatchRunner(
+        engine, config.learner, objective_of(algorithm, 1.0), Ranks(0, 1), Padded(), torch.device("cpu")
+    )
     found = runner.score(TrainingBatch(0, 0, tuple(sequences)))
     assert sorted(item.key for item in found) == sorted(s.key for s in sequences if len(s.route_positions))
     favoured = 1 - np.log(np.e + 299)

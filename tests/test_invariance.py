@@ -15,6 +15,7 @@ import torch
 from learner_harness import Group, gap
 from synthetic_step import (
     OLD_POLICY,
+    PADDED,
     POLICY,
     PRESETS,
     TEACHER,
@@ -45,6 +46,7 @@ from trace_rl.contexts import Context
 from trace_rl.head_loss import Projection, head_loss
 from trace_rl.packing import pack, plan_micro_batches
 from trace_rl.schedules import Constant
+from trace_rl.token_layout import Packed, Padded, TokenGrid
 from trace_rl.workers.learner import learner_spec
 
 HOMOGENEOUS = {"right", "wrong"}
@@ -60,7 +62,8 @@ def splits(case: Case) -> list[list[list[int]]]:
     count = len(case.sequences)
     shuffled = np.random.default_rng(9).permutation(count).tolist()
     lengths = [packing.num_tokens(sequence) for sequence in case.sequences]
-    plans = [plan_micro_batches(lengths, max_tokens, ranks) for max_tokens, ranks in ((24, 2), (60, 5), (1000, 3))]
+    budgets = ((24, 2), (60, 5), (1000, 3))
+    plans = [plan_micro_batches(lengths, max_tokens, ranks, PADDED) for max_tokens, ranks in budgets]
     return [
         [[index] for index in range(count)],
         [list(range(count))[::-1]],
@@ -104,7 +107,7 @@ def test_the_split_and_the_order_of_sequences_change_nothing(preset: str, varian
 def test_accumulated_gradients_are_that_of_the_sum(preset: str) -> None:
     case = make_case(preset)
     POLICY.zero_grad()
-    parts = [parts_of(case, pack([sequence]), POLICY, OLD_POLICY) for sequence in case.sequences]
+    parts = [parts_of(case, pack([sequence], PADDED), POLICY, OLD_POLICY) for sequence in case.sequences]
     total = torch.stack([part.total for part in parts]).sum()
     total.backward()
     gradient = torch.cat([parameter.grad.flatten() for parameter in POLICY.parameters()])
@@ -112,25 +115,35 @@ def test_accumulated_gradients_are_that_of_the_sum(preset: str) -> None:
 
 
 @every_preset
-def test_more_padding_changes_nothing(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_padding_changes_nothing(preset: str) -> None:
     case = make_case(preset)
     expected = evaluate(case, whole(case), OLD_POLICY)
-    pad = packing.right_pad
 
-    def longer(sequences: Sequence[tuple[int, ...]]) -> tuple[Tensor, ...]:
-        # one sequence more, longer than all, that is then left away
-        padded = pad([*sequences, (0,) * 50])
-        return tuple(each[:-1] for each in padded)
+    class Longer(Padded):
+        def grid(self, sequences: Sequence[tuple[int, ...]]) -> TokenGrid:
+            # one sequence more, longer than all, that is then left away
+            padded = super().grid([*sequences, (0,) * 50])
+            return replace(padded, input_ids=padded.input_ids[:-1], starts=padded.starts[:-1])
 
-    monkeypatch.setattr(packing, "right_pad", longer)
-    assert pack(case.sequences).input_ids.shape[1] == 50
-    assert_same(evaluate(case, whole(case), OLD_POLICY), expected)
+    assert pack(case.sequences, Longer()).grid.input_ids.shape[1] == 50
+    assert_same(evaluate(case, whole(case), OLD_POLICY, layout=Longer()), expected)
+
+
+@pytest.mark.parametrize("multiple_of", [1, 16])
+@every_preset
+def test_sequences_end_to_end_give_what_padded_rows_give(preset: str, multiple_of: int) -> None:
+    case = make_case(preset)
+    expected = evaluate(case, whole(case), OLD_POLICY)
+    layout = Packed(multiple_of=multiple_of)
+    assert pack(case.sequences, layout).grid.input_ids.shape[0] == 1
+    for split in (whole(case), *splits(case)):
+        assert_same(evaluate(case, split, OLD_POLICY, layout=layout), expected)
 
 
 @every_preset
 def test_the_order_of_rows_changes_nothing(preset: str) -> None:
     case = make_case(preset)
-    packed = pack(case.sequences)
+    packed = pack(case.sequences, PADDED)
     random = torch.Generator().manual_seed(4)
     order = torch.randperm(len(packed.row_index), generator=random)
     routed = torch.randperm(len(packed.rows.route_row), generator=random)
@@ -209,7 +222,7 @@ def test_a_live_teacher_without_a_context_teaches_nothing(preset: str) -> None:
 @every_preset
 def test_only_the_policy_gets_a_gradient(preset: str) -> None:
     case = make_case(preset)
-    packed = pack(case.sequences)
+    packed = pack(case.sequences, PADDED)
     hidden, head = packed.teacher_hidden.double().requires_grad_(), case.head.clone().requires_grad_()
     constants = {name: value for name, value in vars(packed.rows).items() if isinstance(value, Tensor)}
     assert not any(value.requires_grad for value in constants.values())

@@ -13,14 +13,15 @@ from trace_rl.batch import RolloutKey, TrainingSequence
 from trace_rl.errors import DataError
 from trace_rl.packing import (
     carries_gradient,
-    length_batches,
+    num_positions,
     num_tokens,
     pack,
-    padded_tokens,
     plan_micro_batches,
     split_minibatches,
 )
+from trace_rl.token_layout import Padded
 
+PADDED = Padded()
 LENGTHS = st.lists(st.integers(2, 40), max_size=30)
 
 
@@ -45,10 +46,10 @@ def sequence(prompt: list[int], response: list[int], routed: list[int], name: st
 def test_pack_by_hand() -> None:
     # First: prompt of 2, response of 2; second: prompt of 1, response of 4: five columns.
     # Response token t is predicted by column P + t - 1: first row 1, 2; second row (offset 5) 0, 1, 2, 3.
-    packed = pack([sequence([7, 8], [1, 2], [1], advantage=-1.0), sequence([9], [3, 4, 5, 6], [0, 3])])
-    assert packed.input_ids.tolist() == [[7, 8, 1, 2, 0], [9, 3, 4, 5, 6]]
-    assert packed.attention_mask.tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
-    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 2
+    packed = pack([sequence([7, 8], [1, 2], [1], advantage=-1.0), sequence([9], [3, 4, 5, 6], [0, 3])], PADDED)
+    assert packed.grid.input_ids.tolist() == [[7, 8, 1, 2, 0], [9, 3, 4, 5, 6]]
+    assert packed.grid.attention_mask.tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    assert packed.grid.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 2
     assert packed.row_index.tolist() == [1, 2, 5, 6, 7, 8]
     assert packed.rows.targets.tolist() == [1, 2, 3, 4, 5, 6]
     assert packed.rows.sequence.tolist() == [0, 0, 1, 1, 1, 1] and packed.rows.num_sequences == 2
@@ -73,7 +74,7 @@ def test_rows_of_several_routes_share_states_or_have_none() -> None:
     )
     second = replace(sequence([7], [1, 2], [0, 1]), route_positions=np.array([1]), teacher_row=np.array([1]),
                      route_index=np.array([0]), route_weight=np.array([0.5]))  # fmt: skip
-    rows = pack([first, sequence([9], [3], []), second]).rows
+    rows = pack([first, sequence([9], [3], []), second], PADDED).rows
     assert rows.route_row.tolist() == [0, 0, 1, 4]  # 2 + 1 tokens before those of the last one
     assert rows.route_index.tolist() == [0, 1, 2, 0]
     assert rows.route_weight.tolist() == [0.5, 0.25, 0.125, 0.5]
@@ -81,7 +82,7 @@ def test_rows_of_several_routes_share_states_or_have_none() -> None:
 
 
 def test_constants_are_float32_and_change_precision_together() -> None:
-    rows = pack([sequence([7, 8], [1, 2], [1])]).rows
+    rows = pack([sequence([7, 8], [1, 2], [1])], PADDED).rows
     precise = rows.to(torch.float64)
     for name, value in vars(rows).items():
         if isinstance(value, torch.Tensor):
@@ -94,19 +95,19 @@ def test_constants_are_float32_and_change_precision_together() -> None:
 
 def test_log_probs_that_are_unknown_stay_so() -> None:
     unknown = replace(sequence([7], [1, 2], []), rollout_logprobs=np.full(2, np.nan, dtype=np.float32))
-    rows = pack([unknown, sequence([7], [1], [])]).rows
+    rows = pack([unknown, sequence([7], [1], [])], PADDED).rows
     assert rows.rollout_logprobs.isnan().tolist() == [True, True, False]
 
 
 def test_the_state_that_predicts_a_token_precedes_it() -> None:
-    packed = pack([sequence([5, 6, 7], [1, 2], []), sequence([8], [3, 4, 9, 9, 9], [])])
-    following = packed.input_ids.flatten()[packed.row_index + 1]
+    packed = pack([sequence([5, 6, 7], [1, 2], []), sequence([8], [3, 4, 9, 9, 9], [])], PADDED)
+    following = packed.grid.input_ids.flatten()[packed.row_index + 1]
     assert torch.equal(following, packed.rows.targets)
 
 
 def test_empty_pack_has_one_token_and_no_rows() -> None:
-    packed = pack([])
-    assert packed.input_ids.shape == (1, 1) and packed.attention_mask.item() == 1
+    packed = pack([], PADDED)
+    assert packed.grid.input_ids.shape == (1, 1) and packed.grid.attention_mask.item() == 1
     assert packed.row_index.numel() == packed.rows.targets.numel() == packed.teacher_hidden.numel() == 0
     assert packed.row_index.dtype == packed.rows.route_row.dtype == torch.long
 
@@ -115,31 +116,31 @@ def test_plan_by_hand() -> None:
     # Longest first, at most 20 padded tokens and 5 % padding above 5: 9 | 8 | 5 | 4 4 | 3 2, where 3 2 is less than a
     # quarter full. Two ranks need an even number: 4 4 is halved. By size: 9 | 8, then 3 2 | 5 dealt in reverse, 4 | 4.
     lengths = [4, 9, 3, 2, 5, 8, 4]
-    plan = plan_micro_batches(lengths, 20, 2)
+    plan = plan_micro_batches(lengths, 20, 2, PADDED)
     assert plan == (((1,), (4,), (0,)), ((5,), (2, 3), (6,)))
-    assert padded_tokens(plan, lengths) == 9 + 8 + 6 + 5 + 4 + 4
+    assert num_positions(plan, lengths, PADDED) == 9 + 8 + 6 + 5 + 4 + 4
 
 
 def test_fewer_sequences_than_ranks_leaves_ranks_empty() -> None:
-    assert plan_micro_batches([5], 10, 3) == (((0,),), ((),), ((),))
-    assert plan_micro_batches([], 10, 2) == (((),), ((),))
+    assert plan_micro_batches([5], 10, 3, PADDED) == (((0,),), ((),), ((),))
+    assert plan_micro_batches([], 10, 2, PADDED) == (((),), ((),))
 
 
 def test_a_sequence_over_the_budget_is_refused() -> None:
     with pytest.raises(DataError, match=r"41 tokens.*max_tokens_per_micro_batch"):
-        plan_micro_batches([3, 41], 40, 1)
+        plan_micro_batches([3, 41], 40, 1, PADDED)
 
 
 @given(LENGTHS, st.integers(40, 200), st.integers(1, 5))
 def test_plan_invariants(lengths: list[int], budget: int, ranks: int) -> None:
-    plan = plan_micro_batches(lengths, budget, ranks)
-    assert plan == plan_micro_batches(list(lengths), budget, ranks)
+    plan = plan_micro_batches(lengths, budget, ranks, PADDED)
+    assert plan == plan_micro_batches(list(lengths), budget, ranks, PADDED)
     assert len(plan) == ranks and len({len(rank) for rank in plan}) == 1
     batches = [batch for rank in plan for batch in rank]
     assert sorted(itertools.chain.from_iterable(batches)) == list(range(len(lengths)))
     padded = [len(batch) * max((lengths[i] for i in batch), default=0) for batch in batches]
     assert max(padded) <= budget
-    assert sum(lengths) <= padded_tokens(plan, lengths) == sum(padded)
+    assert sum(lengths) <= num_positions(plan, lengths, PADDED) == sum(padded)
     # Micro-batches that run at the same time are neighbours in size: no later slot holds a larger one.
     slots = [[len(b) * max((lengths[i] for i in b), default=0) for b in slot] for slot in zip(*plan, strict=True)]
     assert all(min(now) >= max(later) for now, later in itertools.pairwise(slots))
@@ -153,19 +154,6 @@ def test_minibatches_keep_groups_together_and_in_order() -> None:
     assert [s.token_ids for s in parts[0]] == [(0,), (2,), (1,), (4,)]
     assert split_minibatches(sequences[:1], 3) == [sequences[:1]]
     assert sum(num_tokens(s) for part in parts for s in part) == 12
-
-
-def test_batches_respect_the_token_budget() -> None:
-    # longest first: 12 is over the budget and still goes, alone; 10 and 9 alone; 4 and 4 are 8 <= 10
-    assert length_batches([10, 4, 9, 4, 12], 10) == [[4], [0], [2], [1, 3]]
-
-
-def test_batches_are_closed_at_five_percent_padding() -> None:
-    # 20 x 10, then 9: 209 of 210 tokens, 0.5 % padding; 5: 214 of 220 are 2.7 %; 3: 217 of 230 would be 5.7 %
-    lengths = [10] * 20 + [9, 5, 3]
-    assert length_batches(lengths, 800) == [[*range(22)], [22]]
-    # a quarter of the budget is not reached: what a pass costs outweighs the padding
-    assert length_batches(lengths, 1000) == [[*range(23)]]
 
 
 def test_what_has_no_gradient() -> None:

@@ -19,6 +19,7 @@ from trace_rl.launch.methods_page import presets
 from trace_rl.objective import objective_of
 from trace_rl.packing import pack
 from trace_rl.routing import keep_top_tokens, route_rollouts, teacher_views
+from trace_rl.token_layout import Padded
 from trace_rl.training_batch import Evidence, scored_tokens, training_batch
 
 VOCAB = 128
@@ -140,7 +141,7 @@ def product_loss(config: RunConfig) -> float:
             routed = keep_top_tokens(routed, {index: candidates[index]}, config)
             scored = scored_tokens(routed, evidence, config)
     batch = training_batch(routed, scored, evidence, config, STEP)
-    micro_batch = pack(batch.sequences)
+    micro_batch = pack(batch.sequences, Padded())
     order = [names[sequence.key] for sequence in batch.sequences]
     parts, _ = logits_loss(
         torch.cat([BATCH.policy[name] for name in order]),

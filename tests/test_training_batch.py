@@ -15,6 +15,7 @@ from trace_rl.errors import WeightSyncError
 from trace_rl.objective import objective_of
 from trace_rl.packing import pack
 from trace_rl.routing import route_rollouts
+from trace_rl.token_layout import Padded
 from trace_rl.training_batch import Evidence, scored_tokens, token_denominators, training_batch
 
 TRACE_ROUTES = {"key_spans": KEY, "error_spans": ERROR}
@@ -51,9 +52,9 @@ def by_position(sequence: TrainingSequence, route: int = 0) -> dict[int, float]:
 
 def loss_and_gradient(batch: TrainingBatch, config: RunConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss of a batch under a random table of logits per token id, and its gradient with respect to the table."""
-    packed = pack(batch.sequences)
+    packed = pack(batch.sequences, Padded())
     table = torch.randn(40, 40, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    logits = table[packed.input_ids.flatten()[packed.row_index]]
+    logits = table[packed.grid.input_ids.flatten()[packed.row_index]]
     head = torch.randn(HIDDEN, 40, generator=torch.Generator().manual_seed(1))
     teacher = packed.teacher_hidden @ head if packed.teacher_hidden.numel() else torch.zeros(0, 40)
     parts, _ = logits_loss(logits, packed.rows, objective_of(config.algorithm, 1.0), teacher)

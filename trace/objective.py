@@ -25,6 +25,7 @@ from trace_rl.actions import RowAction
 from trace_rl.config.algorithm import Algorithm
 from trace_rl.policy_gradients import PolicyGradient, PolicyRows, RolloutCorrection, mismatch_statistics
 
+_PER_TOKEN = ("targets", "sequence", "advantages", "rollout_logprobs", "pg_weight")
 _ROUTE_MEANS = ("value", "clipped", "mass", "teacher_entropy", "teacher_advantage")
 """Sums of a route that `summarise` divides by its rows."""
 
@@ -73,14 +74,22 @@ class LossRows:
 
     def tokens(self, start: int, end: int) -> LossRows:
         """The constants of the tokens [start, end), without any route."""
-        per_token = {
-            name: getattr(self, name)[start:end]
-            for name in ("targets", "sequence", "advantages", "rollout_logprobs", "pg_weight")
-        }
+        per_token = {name: getattr(self, name)[start:end] for name in _PER_TOKEN}
         per_route = {
             name: getattr(self, name)[:0] for name in ("route_row", "route_index", "route_weight", "teacher_row")
         }
         return LossRows(num_sequences=self.num_sequences, **per_token, **per_route)
+
+    def where(self, is_kept: Bool[Tensor, " row"]) -> LossRows:
+        """The kept tokens with their routes; sequences keep their numbers."""
+        is_routed = is_kept[self.route_row]
+        renumbered = is_kept.cumsum(0) - 1
+        return replace(
+            self.tokens(0, 0),
+            **{name: getattr(self, name)[is_kept] for name in _PER_TOKEN},
+            route_row=renumbered[self.route_row[is_routed]],
+            **{name: getattr(self, name)[is_routed] for name in ("route_index", "route_weight", "teacher_row")},
+        )
 
     def to(self, target: torch.device | torch.dtype) -> LossRows:
         """Copy to a device, or the real numbers to a precision."""

@@ -1,8 +1,6 @@
 """How training sequences become micro-batches of tensors, the same on every rank.
 
-Decides which sequences share a micro-batch (by padded tokens), which rank runs it, and where the hidden state that
-predicts each response token lies: `predicting_positions` is the only place in which the shift between logits and
-targets happens, for the learner and the teacher alike.
+Decides which sequences share a micro-batch and which rank runs it; how they lie in it is the layout's.
 Must not know the model, the loss or the transport.
 
 Invariants: every rank computes the same plan from the same lengths; every rank gets the same number of micro-batches;
@@ -13,20 +11,17 @@ touched, so the sum of the losses does not depend on the plan.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from trace_rl.batch import TrainingSequence
 from trace_rl.errors import DataError
 from trace_rl.objective import LossRows
-
-_MAX_PADDING = 0.05
-"""Largest share of padding in a micro-batch that is at least a quarter full."""
+from trace_rl.token_layout import Layout, TokenGrid, predicting_positions
 
 Plan = tuple[tuple[tuple[int, ...], ...], ...]
 """[rank][micro-batch] -> indices of sequences; an empty micro-batch only keeps its rank in step with the others."""
@@ -34,11 +29,9 @@ Plan = tuple[tuple[tuple[int, ...], ...], ...]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Right-padded sequences, the rows that the loss reads, and the loss's constants for them."""
+    """Sequences as the model reads them, the rows that the loss reads, and the loss's constants for them."""
 
-    input_ids: Int[Tensor, "batch time"]
-    attention_mask: Int[Tensor, "batch time"]
-    position_ids: Int[Tensor, "batch time"]
+    grid: TokenGrid
     row_index: Int[Tensor, " row"]
     """Index into the flattened (batch, time) of the state that predicts each response token."""
     rows: LossRows
@@ -46,10 +39,29 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """Copy to a device."""
-        moved: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
-        return replace(self, rows=self.rows.to(device), **moved)
+        return MicroBatch(
+            self.grid.to(device), self.row_index.to(device), self.rows.to(device), self.teacher_hidden.to(device)
+        )
+
+    def shard(self, number: int, count: int) -> MicroBatch:
+        """The part of one of `count` ranks that share every sequence: a stretch of each row's positions.
+
+        The number of positions must be a multiple of `count`. States of the teacher are not divided.
+        """
+        if count == 1:
+            return self
+        is_mine = self.is_in_shard(number, count)
+        row_index = self.row_index[is_mine] - self._stretch(number, count)[0]
+        return MicroBatch(self.grid.shard(number, count), row_index, self.rows.where(is_mine), self.teacher_hidden)
+
+    def is_in_shard(self, number: int, count: int) -> Bool[Tensor, " row"]:
+        """Which rows the shard holds."""
+        start, end = self._stretch(number, count)
+        return (self.row_index >= start) & (self.row_index < end)
+
+    def _stretch(self, number: int, count: int) -> tuple[int, int]:
+        size = self.grid.input_ids.shape[1] // count
+        return number * size, (number + 1) * size
 
 
 def num_tokens(sequence: TrainingSequence) -> int:
@@ -77,8 +89,8 @@ def split_minibatches(sequences: Sequence[TrainingSequence], count: int) -> list
     return [[sequence for index in part for sequence in ordered[index]] for part in parts if len(part)]
 
 
-def plan_micro_batches(lengths: Sequence[int], max_tokens: int, num_ranks: int) -> Plan:
-    """Assign sequences of the given lengths to micro-batches of at most `max_tokens` padded tokens and to ranks.
+def plan_micro_batches(lengths: Sequence[int], max_tokens: int, num_ranks: int, layout: Layout) -> Plan:
+    """Assign sequences of the given lengths to micro-batches of at most `max_tokens` positions and to ranks.
 
     Raises:
         DataError: a sequence is longer than `max_tokens`.
@@ -88,10 +100,10 @@ def plan_micro_batches(lengths: Sequence[int], max_tokens: int, num_ranks: int) 
             f"a training sequence has {max(lengths)} tokens, but a micro-batch may have {max_tokens}; "
             "raise learner.max_tokens_per_micro_batch"
         )
-    batches = length_batches(lengths, max_tokens)
+    batches = layout.batches(lengths, max_tokens)
 
     def cost(batch: Sequence[int]) -> int:
-        return len(batch) * lengths[batch[0]] if batch else 0
+        return layout.num_positions([lengths[index] for index in batch])
 
     num_slots = max(1, -(-len(batches) // num_ranks))
     while len(batches) < num_slots * num_ranks:
@@ -101,7 +113,7 @@ def plan_micro_batches(lengths: Sequence[int], max_tokens: int, num_ranks: int) 
             batches.append([])
             continue
         batches.remove(divisible)
-        batches += [divisible[: len(divisible) // 2], divisible[len(divisible) // 2 :]]
+        batches += layout.halves(divisible)
     batches.sort(key=lambda batch: (-cost(batch), batch))
     slots = [batches[start : start + num_ranks] for start in range(0, len(batches), num_ranks)]
     # Every other slot is dealt in reverse, so that no rank always gets the larger share.
@@ -109,48 +121,27 @@ def plan_micro_batches(lengths: Sequence[int], max_tokens: int, num_ranks: int) 
     return tuple(tuple(tuple(slot[rank]) for slot in dealt) for rank in range(num_ranks))
 
 
-def padded_tokens(plan: Plan, lengths: Sequence[int]) -> int:
+def num_positions(plan: Plan, lengths: Sequence[int], layout: Layout) -> int:
     """Positions that the plan's forward passes compute, padding included."""
-    return sum(len(batch) * max(lengths[i] for i in batch) for rank in plan for batch in rank if batch)
+    return sum(layout.num_positions([lengths[index] for index in batch]) for rank in plan for batch in rank)
 
 
-def predicting_positions(num_prompt_tokens: int, positions: Int[np.ndarray, " row"]) -> Int[np.ndarray, " row"]:
-    """Sequence positions whose states predict response tokens t: P + t - 1 behind a prompt of P tokens."""
-    return num_prompt_tokens + np.asarray(positions) - 1
-
-
-def right_pad(
-    sequences: Sequence[tuple[int, ...]],
-) -> tuple[Int[Tensor, "batch time"], Int[Tensor, "batch time"], Int[Tensor, "batch time"]]:
-    """Return input ids, attention mask and position ids of token sequences, padded with zeros to the longest."""
-    longest = max(map(len, sequences))
-    input_ids = torch.zeros(len(sequences), longest, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    for number, ids in enumerate(sequences):
-        input_ids[number, : len(ids)] = torch.tensor(ids)
-        attention_mask[number, : len(ids)] = 1
-    # Padding goes on counting: position ids that restart would look like packed sequences to the model.
-    return input_ids, attention_mask, torch.arange(longest).expand(len(sequences), longest).contiguous()
-
-
-def pack(sequences: Sequence[TrainingSequence]) -> MicroBatch:
-    """Lay sequences out as one micro-batch; none at all gives one masked-in token and no rows."""
+def pack(sequences: Sequence[TrainingSequence], layout: Layout) -> MicroBatch:
+    """Lay sequences out as one micro-batch; none at all gives one token and no rows."""
     if not sequences:
-        return _empty()
-    input_ids, attention_mask, position_ids = right_pad([s.prompt_token_ids + s.token_ids for s in sequences])
+        return _empty(layout)
+    grid = layout.grid([s.prompt_token_ids + s.token_ids for s in sequences])
     row_index, route_row, teacher_row, num_rows, num_states = [], [], [], 0, 0
-    for number, sequence in enumerate(sequences):
+    for start, sequence in zip(grid.starts, sequences, strict=True):
         predicting = predicting_positions(len(sequence.prompt_token_ids), np.arange(len(sequence.token_ids)))
-        row_index.append(number * input_ids.shape[1] + predicting)
+        row_index.append(start + predicting)
         route_row.append(np.asarray(sequence.route_positions) + num_rows)
         teacher_row.append(np.where(sequence.teacher_row < 0, -1, sequence.teacher_row + num_states))
         num_rows += len(sequence.token_ids)
         num_states += len(sequence.teacher_hidden)
     states = [s.teacher_hidden for s in sequences if len(s.teacher_hidden)]
     return MicroBatch(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
+        grid=grid,
         row_index=_long(row_index),
         rows=LossRows(
             targets=_long([np.asarray(s.token_ids) for s in sequences]),
@@ -168,29 +159,8 @@ def pack(sequences: Sequence[TrainingSequence]) -> MicroBatch:
     )
 
 
-def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices in batches of similar length, longest first, of at most `max_tokens` padded tokens or one sequence.
-
-    A batch is closed where another sequence would make more than 5 % of it padding, unless it would end up less than a
-    quarter full: below that what a pass costs beside its tokens outweighs the padding.
-    """
-    batches: list[list[int]] = []
-    used = 0  # tokens of the last batch without padding
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        longest = lengths[batches[-1][0]] if batches else 0
-        padded = (len(batches[-1]) + 1) * longest if batches else 0
-        is_wasteful = used + lengths[index] < (1 - _MAX_PADDING) * padded and padded - longest >= max_tokens / 4
-        if batches and padded <= max_tokens and not is_wasteful:
-            batches[-1].append(index)
-            used += lengths[index]
-        else:
-            batches.append([index])
-            used = lengths[index]
-    return batches
-
-
-def _empty() -> MicroBatch:
-    ids, none, nothing = torch.zeros(1, 1, dtype=torch.long), torch.zeros(0, dtype=torch.long), torch.zeros(0)
+def _empty(layout: Layout) -> MicroBatch:
+    none, nothing = torch.zeros(0, dtype=torch.long), torch.zeros(0)
     rows = LossRows(
         targets=none,
         sequence=none,
@@ -203,7 +173,7 @@ def _empty() -> MicroBatch:
         route_weight=nothing,
         teacher_row=none,
     )
-    return MicroBatch(ids, torch.ones_like(ids), torch.zeros_like(ids), none, rows, torch.zeros(0, 0))
+    return MicroBatch(layout.grid([(0,)]), none, rows, torch.zeros(0, 0))
 
 
 def _long(parts: Sequence[np.ndarray]) -> Tensor:

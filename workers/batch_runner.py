@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trace_rl.batch import TokenStatistics, TrainingBatch, TrainingSequence
-from trace_rl.config.roles import LearnerSettings
+from trace_rl.config.learner import LearnerSettings
 from trace_rl.errors import TrainingError
 from trace_rl.head_loss import Projection, head_logprobs, head_loss, head_statistics
 from trace_rl.objective import Objective, merge_sums
@@ -25,12 +25,14 @@ from trace_rl.packing import (
     MicroBatch,
     Plan,
     carries_gradient,
+    num_positions,
     num_tokens,
     pack,
-    padded_tokens,
     plan_micro_batches,
     split_minibatches,
 )
+from trace_rl.token_layout import Layout
+from trace_rl.workers.ranks import Ranks
 
 if TYPE_CHECKING:
     import deepspeed
@@ -60,30 +62,29 @@ class Minibatch:
     num_tokens: int
     """Of all ranks."""
     num_backward_tokens: int
-    num_padded_tokens: int
-    old_logprobs: Sequence[Sequence[Tensor]] = ()
+    num_positions: int
+    """What the passes over them compute, padding included."""
+    old_logprobs: Sequence[Sequence[Tensor | None]] = ()
     """By micro-batch; none where one optimizer step is taken on a batch."""
 
 
 class BatchRunner:
-    """Runs batches on one rank's engine; every method is collective.
-
-    Args:
-        ranks: this rank and the number of ranks.
-    """
+    """Runs batches on one rank's engine; every method is collective."""
 
     def __init__(
         self,
         engine: deepspeed.DeepSpeedEngine,
         settings: LearnerSettings,
         objective: Objective,
-        ranks: tuple[int, int],
+        ranks: Ranks,
+        layout: Layout,
         device: torch.device,
     ) -> None:
         self._engine = engine
         self._settings = settings
         self._objective = objective
-        self._rank, self._world_size = ranks
+        self._ranks = ranks
+        self._layout = layout
         self._device = device
         self._teacher_head: Tensor | None = None
 
@@ -102,7 +103,10 @@ class BatchRunner:
             self._minibatch(part) for part in split_minibatches(batch.sequences, self._settings.minibatches_per_step)
         ]
         for part in parts if len(parts) > 1 else []:
-            part.old_logprobs = [[self.logprobs(micro_batch) for micro_batch in each] for each in part.micro_batches]
+            part.old_logprobs = [
+                [self._logprobs(micro_batch, self._objective.sampling_temperature) for micro_batch in each]
+                for each in part.micro_batches
+            ]
         learning_rate = float(self._engine.get_lr()[0])
         sums: dict[str, float] = {}
         norms = []
@@ -115,7 +119,7 @@ class BatchRunner:
             grad_norms=norms,
             learning_rate=learning_rate,
             num_micro_batches=sum(len(each) for part in parts for each in part.micro_batches),
-            padding_frac=1 - total / sum(part.num_padded_tokens for part in parts),
+            padding_frac=1 - total / sum(part.num_positions for part in parts),
             backward_frac=sum(part.num_backward_tokens for part in parts) / total,
         )
 
@@ -124,13 +128,14 @@ class BatchRunner:
         self._check_batch(batch)
         plan = self._plan(batch.sequences)
         found: list[TokenStatistics] = []
-        for indices in plan[self._rank]:
+        for indices in plan[self._ranks.share]:
             sequences = [batch.sequences[index] for index in indices]
+            whole = pack(sequences, self._layout)
             with torch.no_grad():
-                by_route = self._engine(pack(sequences).to(self._device), self._statistics)
-            for route, values in by_route:
+                by_route = self._engine(self._ranks.shard(whole).to(self._device), self._statistics)
+            for route, values in self._ranks.joined_statistics(whole, by_route):
                 found += _split_by_sequence(sequences, route, values)
-        return found
+        return [] if self._ranks.stretch else found  # those who share sequences found the same
 
     def gradient_parts(self, batch: TrainingBatch) -> dict[str, float]:
         """Norms of the gradients of the policy-gradient and the routed part of the loss, and the cosine between them.
@@ -168,21 +173,38 @@ class BatchRunner:
             "cosine": dots[2] / (norms[0] * norms[1]) if min(norms) > 0 else 0.0,
         }
 
-    def logprobs(self, micro_batch: MicroBatch, temperature: float | None = None) -> Float[Tensor, " row"]:
-        """Log-probs of the response tokens under the weights as they are; by default at the sampling temperature."""
-        scale = self._objective.sampling_temperature if temperature is None else temperature
+    def logprobs(self, sequences: Sequence[TrainingSequence], temperature: float) -> list[Float[np.ndarray, " time"]]:
+        """Log-probs of the response tokens of each sequence under the weights as they are; the same on every rank."""
+        lengths = [num_tokens(sequence) for sequence in sequences]
+        budget = max(self._settings.max_tokens_per_micro_batch, *lengths)
+        found: dict[int, np.ndarray] = {}
+        for indices in self._layout.batches(lengths, budget):
+            whole = pack([sequences[index] for index in indices], self._layout)
+            mine = self._logprobs(self._ranks.shard(whole), temperature)
+            rows = self._ranks.joined(whole, mine).cpu().numpy()
+            cuts = np.cumsum([len(sequences[index].token_ids) for index in indices])[:-1]
+            found |= dict(zip(indices, np.split(rows, cuts), strict=True))
+        return [found[index] for index in range(len(sequences))]
+
+    def _logprobs(self, micro_batch: MicroBatch, temperature: float) -> Float[Tensor, " row"]:
         with torch.no_grad():
             return self._engine(
                 micro_batch.to(self._device),
-                lambda policy, packed: head_logprobs(policy, packed.rows.targets, scale, self._settings.tile_bytes),
+                lambda policy, packed: head_logprobs(
+                    policy, packed.rows.targets, temperature, self._settings.tile_bytes
+                ),
             )
 
     def _plan(self, sequences: Sequence[TrainingSequence]) -> Plan:
         lengths = [num_tokens(sequence) for sequence in sequences]
-        return plan_micro_batches(lengths, self._settings.max_tokens_per_micro_batch, self._world_size)
+        budget = self._settings.max_tokens_per_micro_batch
+        return plan_micro_batches(lengths, budget, self._ranks.num_shares, self._layout)
 
     def _pack(self, sequences: Sequence[TrainingSequence], plan: Plan) -> list[MicroBatch]:
-        return [pack([sequences[index] for index in indices]) for indices in plan[self._rank]]
+        return [
+            self._ranks.shard(pack([sequences[index] for index in indices], self._layout))
+            for indices in plan[self._ranks.share]
+        ]
 
     def _minibatch(self, sequences: Sequence[TrainingSequence]) -> Minibatch:
         """Plan a minibatch. What has no gradient gets no backward pass; where all is such, one that gives zero does."""
@@ -197,7 +219,7 @@ class BatchRunner:
             micro_batches=(backward, forward),
             num_tokens=sum(map(sum, lengths)),
             num_backward_tokens=sum(lengths[0]),
-            num_padded_tokens=sum(padded_tokens(*each) for each in zip(plans, lengths, strict=True)),
+            num_positions=sum(num_positions(*each, self._layout) for each in zip(plans, lengths, strict=True)),
         )
 
     def _optimizer_step(self, part: Minibatch, num_minibatches: int, sums: dict[str, float], where: str) -> float:
@@ -261,8 +283,8 @@ class BatchRunner:
 
     def _check_loss(self, loss: Tensor, where: str) -> None:
         """Fail on every rank when the loss is not finite on one, before any of them enters the backward pass."""
-        flags = torch.zeros(self._world_size, device=self._device)
-        flags[self._rank] = float(not torch.isfinite(loss))
+        flags = torch.zeros(self._ranks.world_size, device=self._device)
+        flags[self._ranks.rank] = float(not torch.isfinite(loss))
         torch.distributed.all_reduce(flags)
         if flags.any():
             ranks = ", ".join(str(rank) for rank in flags.nonzero().flatten().tolist())

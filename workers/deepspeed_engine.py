@@ -22,9 +22,17 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
-from transformers import get_scheduler
+from transformers import PreTrainedModel, get_scheduler
 
-from trace_rl.config.roles import LearnerSettings
+from trace_rl.config.learner import LearnerSettings
+from trace_rl.errors import ConfigError
+
+_ON_CPU = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+_OFFLOADS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "optimizer": {"offload_optimizer": _ON_CPU},
+    "all": {"offload_optimizer": _ON_CPU, "offload_param": _ON_CPU},
+}
 
 
 def join_process_group(store: TCPStore, rank: int, world_size: int, timeout_s: float) -> None:
@@ -41,6 +49,31 @@ def join_process_group(store: TCPStore, rank: int, world_size: int, timeout_s: f
     backend = get_accelerator().communication_backend_name()
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, auto_mpi_discovery=False, verbose=False)
+
+
+def share_sequences(policy: PreTrainedModel, num_ranks: int) -> dist.ProcessGroup | None:
+    """Let every `num_ranks` neighbouring ranks compute attention over the positions of all of them; collective.
+
+    Inside attention each rank has all positions and its part of the heads (DeepSpeed-Ulysses, arXiv:2309.14509). The
+    group is not given to the engine, for which all ranks are data parallel: gradients are summed over all of them.
+
+    Raises:
+        ConfigError: the model's heads cannot be divided among the ranks.
+    """
+    if num_ranks == 1:
+        return None
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+
+    try:
+        groups = UlyssesSPAttentionHF.register_with_transformers(
+            policy, policy.config._attn_implementation, num_ranks, micro_batch_size=1
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"learner.sequence_parallel is {num_ranks}, which this model or its attention does not allow ({error}); "
+            "choose a divisor of its attention heads, and an attention other than eager"
+        ) from error
+    return groups.get_sequence_parallel_group()
 
 
 def device() -> torch.device:
@@ -63,6 +96,7 @@ def build_engine(
         betas=chosen.betas,
         eps=chosen.epsilon,
         weight_decay=chosen.weight_decay,
+        fused=settings.offload != "none" or None,  # steps on the CPU, where the plain loop takes several times as long
     )
     scheduler = get_scheduler(
         {"constant": "constant_with_warmup"}.get(settings.schedule.type, settings.schedule.type),
@@ -93,7 +127,8 @@ def engine_config(settings: LearnerSettings, is_bfloat16: bool) -> dict[str, Any
         "bf16": {"enabled": is_bfloat16},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
-        "zero_optimization": {"stage": settings.zero_stage},
+        "zero_optimization": {"stage": settings.zero_stage, **_OFFLOADS[settings.offload]},
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
     }
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from trace_rl.batch import TokenStatistics, TrainingBatch
 from trace_rl.config.run import RunConfig
 from trace_rl.errors import ConfigError, TraceError, TrainingError, WorkerError
-from trace_rl.objective import merge_sums, objective_of, summarise
+from trace_rl.objective import couples_tokens, merge_sums, objective_of, summarise
 from trace_rl.workers import checkpoint
 from trace_rl.workers.batch_runner import StepReport
 from trace_rl.workers.learner_rank import LearnerRank, LearnerSpec
@@ -41,8 +41,15 @@ def learner_spec(config: RunConfig) -> LearnerSpec:
     """What a rank needs to know of a run.
 
     Raises:
-        ConfigError: ZeRO-0 with bfloat16, which DeepSpeed cannot accumulate in float32.
+        ConfigError: ZeRO-0 with bfloat16, which DeepSpeed cannot accumulate in float32; or ranks that share
+            sequences with a loss that couples the tokens of a sequence.
     """
+    objective = objective_of(config.algorithm, config.sampling.temperature)
+    if config.learner.sequence_parallel > 1 and couples_tokens(objective, config.learner.minibatches_per_step == 1):
+        raise ConfigError(
+            f"learner.sequence_parallel is {config.learner.sequence_parallel}, but the ratio or the rollout correction "
+            "of this algorithm is that of whole sequences, of which a rank then has a part; set it to 1"
+        )
     if config.learner.zero_stage == 0 and config.model.dtype == "bfloat16":
         raise ConfigError(
             "learner.zero_stage is 0 and model.dtype is bfloat16, but DeepSpeed then adds up gradients in bfloat16; "
@@ -51,7 +58,7 @@ def learner_spec(config: RunConfig) -> LearnerSpec:
     return LearnerSpec(
         model=config.model,
         settings=config.learner,
-        objective=objective_of(config.algorithm, config.sampling.temperature),
+        objective=objective,
         num_optimizer_steps=config.run.steps * config.learner.minibatches_per_step,
         seed=config.run.seed,
         collective_timeout_s=config.placement.step_timeout_s,

@@ -23,11 +23,12 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from trace_rl.batch import RolloutKey, TokenStatistics, TrainingBatch, TrainingSequence
-from trace_rl.config.roles import LearnerSettings, Model
+from trace_rl.config.learner import LearnerSettings
+from trace_rl.config.roles import Model
 from trace_rl.errors import TrainingError
 from trace_rl.objective import Objective
-from trace_rl.packing import pack
 from trace_rl.workers.batch_runner import BatchRunner, StepReport
+from trace_rl.workers.ranks import Ranks
 from trace_rl.workers.weight_sender import TransferBackend, TransferGroup, WeightManifest, WeightSender, free_address
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class LearnerRank:
         import transformers
 
         from trace_rl.workers import deepspeed_engine
-        from trace_rl.workers.policy_model import RowModel, load_policy
+        from trace_rl.workers.policy_model import RowModel, layout_of, load_policy
 
         transformers.utils.logging.disable_progress_bar()
         spec = self._spec
@@ -87,14 +88,16 @@ class LearnerRank:
         if spec.settings.gradient_checkpointing:
             policy.gradient_checkpointing_enable({"use_reentrant": False})
         self._ds = deepspeed_engine
+        shares = spec.settings.sequence_parallel
+        group = deepspeed_engine.share_sequences(policy, shares)
         self._engine = deepspeed_engine.build_engine(
             RowModel(policy), spec.settings, spec.model.dtype == "bfloat16", spec.num_optimizer_steps
         )
         self._engine.train()
         self._policy = policy
-        self._runner = BatchRunner(
-            self._engine, spec.settings, spec.objective, (self._rank, self._world_size), self._device
-        )
+        ranks = Ranks(self._rank, self._world_size, shares, group)
+        layout = layout_of(policy, spec.settings)
+        self._runner = BatchRunner(self._engine, spec.settings, spec.objective, ranks, layout, self._device)
         # Under ZeRO-3 the output head is a placeholder between forward passes; its shape stays known.
         self._manifest = WeightManifest.of(
             (name, deepspeed_engine.full_shape(parameter), parameter.dtype) for name, parameter in self._parameters()
@@ -128,9 +131,8 @@ class LearnerRank:
 
     def canary_logprobs(self, sequences: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
         """Log-probs [len(sequence) - 1] of every token after the first, at temperature 1; collective under ZeRO-3."""
-        micro_batch = pack([_unweighted(number, sequence) for number, sequence in enumerate(sequences)])
-        flat = self._runner.logprobs(micro_batch, temperature=1.0).cpu().numpy()
-        return np.split(flat, np.cumsum([len(sequence) - 1 for sequence in sequences])[:-1])
+        unweighted = [_unweighted(number, sequence) for number, sequence in enumerate(sequences)]
+        return self._runner.logprobs(unweighted, temperature=1.0)
 
     def rendezvous(self) -> tuple[str, int]:
         """Address of this node, and a port that is free on it."""

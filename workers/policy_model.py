@@ -9,18 +9,22 @@ Must not know Ray, DeepSpeed or the loss.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import is_flash_attn_2_available
 
+from trace_rl.config.learner import LearnerSettings
 from trace_rl.config.roles import Model
 from trace_rl.errors import ModelError
 from trace_rl.head_loss import Projection
 from trace_rl.packing import MicroBatch
+from trace_rl.token_layout import Layout, Packed, Padded, TokenGrid
 
 Result = TypeVar("Result")
 
@@ -39,7 +43,10 @@ def load_policy(model: Model, device: torch.device, setting: str = "model.path")
     """
     try:
         policy = AutoModelForCausalLM.from_pretrained(
-            model.path, dtype=getattr(torch, model.dtype), trust_remote_code=model.trust_remote_code
+            model.path,
+            dtype=getattr(torch, model.dtype),
+            trust_remote_code=model.trust_remote_code,
+            attn_implementation=attention_of(model, device),
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         found = "the folder" if Path(model.path).is_dir() else "no folder of that name exists, and the hub name"
@@ -54,6 +61,29 @@ def load_policy(model: Model, device: torch.device, setting: str = "model.path")
     _disable_dropout(policy)
     check_head(policy, model.path, setting)
     return policy
+
+
+def attention_of(model: Model, device: torch.device) -> str:
+    """Which attention, by transformers' names, a model runs with on a device."""
+    if model.attention != "auto":
+        return model.attention
+    has_flash = device.type == "cuda" and model.dtype == "bfloat16" and is_flash_attn_2_available()
+    return "flash_attention_2" if has_flash else "sdpa"
+
+
+def is_flash(policy: PreTrainedModel) -> bool:
+    """Whether the model's attention computes each of several sequences in one row on its own."""
+    return str(policy.config._attn_implementation).startswith("flash_attention")
+
+
+def layout_of(policy: PreTrainedModel, settings: LearnerSettings) -> Layout:
+    """How sequences are laid out for a model's attention under `settings.layout`."""
+    shares = settings.sequence_parallel
+    if shares > 1:
+        # ranks that share sequences drop masks: without flash attention a row must be one sequence, before its padding
+        return Packed(multiple_of=shares, max_sequences=None if is_flash(policy) else 1)
+    is_packed = settings.layout == "packed" or (settings.layout == "auto" and is_flash(policy))
+    return Packed() if is_packed else Padded()
 
 
 def vocabulary_size(model: Model) -> int:
@@ -71,12 +101,12 @@ def check_head(policy: PreTrainedModel, name: str, setting: str = "model.path") 
     head = policy.get_output_embeddings()
     if head is None or not isinstance(getattr(head, "weight", None), Tensor):
         raise ModelError(f"{setting}: {name!r} has no linear output head; choose a causal language model with one")
-    ids = torch.arange(_PROBE_TOKENS, device=policy.device).unsqueeze(0)
+    grid = Padded().grid([tuple(range(_PROBE_TOKENS))]).to(policy.device)
     was_training = policy.training
     policy.eval()
     with torch.no_grad():
-        actual = policy(input_ids=ids, use_cache=False).logits.float()
-        hidden = final_hidden(policy, ids, torch.ones_like(ids), ids)
+        actual = policy(input_ids=grid.input_ids, use_cache=False).logits.float()
+        hidden = final_hidden(policy, grid)
         rebuilt = (hidden.to(head.weight.dtype) @ head.weight.T).float()
     policy.train(was_training)
     gap = (actual - rebuilt).abs().max().item()
@@ -88,17 +118,39 @@ def check_head(policy: PreTrainedModel, name: str, setting: str = "model.path") 
         )
 
 
-def final_hidden(
-    policy: PreTrainedModel,
-    input_ids: Int[Tensor, "batch time"],
-    attention_mask: Int[Tensor, "batch time"],
-    position_ids: Int[Tensor, "batch time"],
-) -> Float[Tensor, "batch time hidden"]:
+def final_hidden(policy: PreTrainedModel, grid: TokenGrid) -> Float[Tensor, "batch time hidden"]:
     """Hidden states after the last norm: what the output head reads."""
-    output = policy.get_decoder()(
-        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-    )
+    decoder = policy.get_decoder()
+    if grid.runs:
+        # without a mask transformers tells sequences apart by their position ids
+        output = decoder(
+            input_ids=grid.input_ids,
+            position_ids=grid.position_ids,
+            use_cache=False,
+            **_run_borders(policy, grid),
+        )
+    else:
+        output = decoder(
+            input_ids=grid.input_ids,
+            attention_mask=grid.attention_mask,
+            position_ids=grid.position_ids,
+            use_cache=False,
+        )
     return output.last_hidden_state
+
+
+def _run_borders(policy: PreTrainedModel, grid: TokenGrid) -> dict[str, Any]:
+    """What flash attention reads of a packed row, or it would look for the borders in every layer."""
+    if not is_flash(policy):
+        return {}
+    borders = torch.tensor([0, *accumulate(grid.runs)], dtype=torch.int32, device=grid.input_ids.device)
+    longest = max(grid.runs)
+    return {
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
 
 
 def head_weight(policy: PreTrainedModel) -> Float[Tensor, "vocab hidden"]:
@@ -122,7 +174,7 @@ class RowModel(nn.Module):
 
     def forward(self, micro_batch: MicroBatch, objective: Callable[[Projection, MicroBatch], Result]) -> Result:
         """Return `objective(projection, micro_batch)`; the head is called even without rows, as on every rank."""
-        hidden = final_hidden(self.policy, micro_batch.input_ids, micro_batch.attention_mask, micro_batch.position_ids)
+        hidden = final_hidden(self.policy, micro_batch.grid)
         states = hidden.flatten(0, 1)[micro_batch.row_index]
         return self.policy.get_output_embeddings()(states, lambda projection: objective(projection, micro_batch))
 

@@ -32,8 +32,8 @@ from trace_rl.config.roles import Model
 from trace_rl.config.teacher import Teacher as TeacherSettings
 from trace_rl.config.teacher import TeacherWeights
 from trace_rl.errors import CheckpointError, ModelError
-from trace_rl.packing import length_batches, predicting_positions, right_pad
-from trace_rl.workers.policy_model import final_hidden, head_weight, load_policy
+from trace_rl.token_layout import Packed, Padded, predicting_positions
+from trace_rl.workers.policy_model import final_hidden, head_weight, is_flash, load_policy
 from trace_rl.workers.waiting import wait_for
 
 _STATE_FILE = "teacher.safetensors"
@@ -73,6 +73,7 @@ class TeacherModel:
         self._models = [
             load_policy(start, self._device, setting).eval().requires_grad_(False) for _ in settings.weights.shares()
         ]
+        self._layout = Packed() if is_flash(self._models[0]) else Padded()
         found = len(head_weight(self._models[0]))
         if found < vocab_size:
             raise ModelError(
@@ -88,7 +89,7 @@ class TeacherModel:
     def score(self, requests: Sequence[TeacherRequest]) -> list[TeacherRows]:
         """One forward per model and batch of similar lengths; returns rows in the order of the requests."""
         rows: dict[int, TeacherRows] = {}
-        for indices in length_batches([_length(request) for request in requests], self._max_tokens):
+        for indices in self._layout.batches([_length(request) for request in requests], self._max_tokens):
             batch = [requests[index] for index in indices]
             rows |= dict(zip(indices, self._score_batch(batch), strict=True))
         return [rows[index] for index in range(len(requests))]
@@ -151,13 +152,12 @@ class TeacherModel:
 
     @torch.no_grad()
     def _score_batch(self, batch: Sequence[TeacherRequest]) -> Iterator[TeacherRows]:
-        padded = right_pad([request.teacher_prompt_token_ids + request.token_ids for request in batch])
-        on_device = [tensor.to(self._device) for tensor in padded]
-        hidden = [final_hidden(model, *on_device) for model in self._models]
-        for index, request in enumerate(batch):
+        grid = self._layout.grid([request.teacher_prompt_token_ids + request.token_ids for request in batch])
+        hidden = [final_hidden(model, grid.to(self._device)).flatten(0, 1) for model in self._models]
+        for start, request in zip(grid.starts, batch, strict=True):
             predicting = predicting_positions(len(request.teacher_prompt_token_ids), request.positions)
-            rows = torch.from_numpy(predicting).to(self._device)
-            yield self._rows(request, [states[index, rows] for states in hidden])
+            rows = torch.from_numpy(start + predicting).to(self._device)
+            yield self._rows(request, [states[rows] for states in hidden])
 
     def _rows(self, request: TeacherRequest, states: Sequence[Float[Tensor, "row _"]]) -> TeacherRows:
         """What the request asks for, from the states of each model; the rest has no rows."""

@@ -19,6 +19,9 @@ class Model(Section):
     """Folder or hub name of a Hugging Face causal LM, or `task:arithmetic` for the embedded base model."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of the forward passes (learner, teacher and generator); optimizer states are always float32."""
+    attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
+    """Attention of learner and teacher, by transformers' names; `auto`: flash_attention_2 where a GPU, the package
+    flash-attn and bfloat16 are at hand, else sdpa."""
     trust_remote_code: bool = False
     """Whether code that ships with the model may run."""
     chat_template_kwargs: dict[str, Any] = {}
@@ -121,41 +124,6 @@ class Annotator(Section):
     timeout_s: float = Field(60.0, gt=0)
     """Deadline of one call, that is of up to 32 rollouts; those of a late call, and all that the step has left by then,
     go to the policy gradient alone."""
-
-
-class Optimizer(Section):
-    learning_rate: float = Field(1e-6, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    epsilon: float = Field(1e-8, gt=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-
-
-class LearningRateSchedule(Section):
-    type: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
-
-
-class LearnerSettings(Section):
-    world_size: int = Field(1, ge=1)
-    """Ranks of the learner; the loss does not depend on it."""
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    """DeepSpeed ZeRO stage."""
-    max_tokens_per_micro_batch: int = Field(16384, ge=1)
-    """Padded tokens (prompt and response) of one forward on one rank; the loss does not depend on it."""
-    tile_mib: int = Field(512, ge=1)
-    """Size in float32 of the logits that are alive at a time; at most twice that is held. The loss does not depend on
-    it."""
-    minibatches_per_step: int = Field(1, ge=1)
-    """Optimizer steps on one batch of rollouts; above 1, old log-probs are computed before the first."""
-    gradient_checkpointing: bool = False
-    optimizer: Optimizer = Optimizer()
-    schedule: LearningRateSchedule = LearningRateSchedule()
-
-    @property
-    def tile_bytes(self) -> int:
-        """Size of a tile of logits."""
-        return self.tile_mib * 2**20
 
 
 class Sync(Section):

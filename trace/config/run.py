@@ -12,12 +12,12 @@ from pydantic import model_validator
 from trace_rl.advantages import GroupAdvantage, LeaveOneOut
 from trace_rl.config.algorithm import Algorithm, Method
 from trace_rl.config.base import Section
+from trace_rl.config.learner import LearnerSettings
 from trace_rl.config.roles import (
     Annotator,
     Data,
     Evaluation,
     GeneratorSettings,
-    LearnerSettings,
     Logging,
     Model,
     Placement,

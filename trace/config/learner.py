@@ -1,0 +1,84 @@
+"""Settings of the learner: how batches are run, what is trained, and the optimizer.
+
+This module must not know DeepSpeed or how ranks are started.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from trace_rl.config.base import Section
+
+
+class Optimizer(Section):
+    learning_rate: float = Field(1e-6, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+
+
+class LearningRateSchedule(Section):
+    type: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+
+
+class LearnerSettings(Section):
+    world_size: int = Field(1, ge=1)
+    """Ranks of the learner; the loss does not depend on it."""
+    sequence_parallel: int = Field(1, ge=1)
+    """Neighbouring ranks that share every sequence (DeepSpeed-Ulysses, arXiv:2309.14509), for responses that are too
+    long for one of them; divides world_size and the model's attention heads. Sequences are then packed."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO stage."""
+    max_tokens_per_micro_batch: int = Field(16384, ge=1)
+    """Tokens (prompt, response and padding) of one forward on one rank, or on those that share its sequences; the loss
+    does not depend on it."""
+    tile_mib: int = Field(512, ge=1)
+    """Size in float32 of the logits that are alive at a time; at most twice that is held. The loss does not depend on
+    it."""
+    minibatches_per_step: int = Field(1, ge=1)
+    """Optimizer steps on one batch of rollouts; above 1, old log-probs are computed before the first."""
+    layout: Literal["auto", "padded", "packed"] = "auto"
+    """`padded`: sequences of similar length in rows of one length. `packed`: all sequences of a micro-batch behind each
+    other in one row, without padding; without flash-attn the attention of such a row costs its length squared. `auto`:
+    packed where model.attention is flash_attention_2, else padded."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What waits in CPU memory while it is not used: the optimizer's states and float32 weights (ZeRO 1 to 3), or the
+    weights of the model too (ZeRO-3)."""
+    optimizer: Optimizer = Optimizer()
+    schedule: LearningRateSchedule = LearningRateSchedule()
+
+    @model_validator(mode="after")
+    def _offload_fits_the_stage(self) -> LearnerSettings:
+        needed = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
+        if self.zero_stage < needed:
+            raise ValueError(
+                f"learner.offload is {self.offload}, but learner.zero_stage is {self.zero_stage}; set the stage to "
+                f"{needed}{' or more' if needed < 3 else ''}, or learner.offload=none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_share_sequences_evenly(self) -> LearnerSettings:
+        shares = self.sequence_parallel
+        if self.world_size % shares:
+            raise ValueError(
+                f"learner.sequence_parallel is {shares}, which does not divide learner.world_size = {self.world_size}; "
+                "every sequence is shared by that many ranks"
+            )
+        if shares > 1 and self.layout == "padded":
+            raise ValueError(
+                f"learner.sequence_parallel is {shares} and learner.layout is padded, but shared sequences are packed; "
+                "set learner.layout=auto"
+            )
+        return self
+
+    @property
+    def tile_bytes(self) -> int:
+        """Size of a tile of logits."""
+        return self.tile_mib * 2**20
