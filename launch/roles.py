@@ -11,8 +11,10 @@ from typing import Any
 import ray
 
 from trace_rl.absent import AbsentAnnotator, AbsentTeacher
+from trace_rl.config.learner import Lora
 from trace_rl.config.roles import Model, Resources
 from trace_rl.config.run import RunConfig
+from trace_rl.flops import TransformerShape
 from trace_rl.launch.journal import RunJournal
 from trace_rl.launch.preflight import Ready
 from trace_rl.launch.run_folder import RunCheckpoints, RunFolder
@@ -27,6 +29,7 @@ from trace_rl.workers.teacher import RayTeacher, TeacherModel
 from trace_rl.workers.waiting import wait_for
 from trace_rl.workers.weight_sender import transfer_backend
 from trace_rl.workers.weight_sync import ProvenWeightSync, canary_sequences
+from trace_rl.workers.weight_transport import AdapterObjects, Broadcast, Transport
 
 
 def start_roles(ready: Ready, folder: RunFolder, journal: RunJournal) -> tuple[Roles, RunCheckpoints]:
@@ -62,19 +65,17 @@ def start_roles(ready: Ready, folder: RunFolder, journal: RunJournal) -> tuple[R
         wait_for(actor.ready.remote(), config.placement.start_timeout_s, name, "starting")
     annotator: Annotator = AbsentAnnotator()
     teacher: Teacher = AbsentTeacher()
+    teacher_shapes: list[TransformerShape] = []
     if config.needs_teacher:
         teacher = RayTeacher(teacher_actor, learner, config.teacher.weights, config.placement.step_timeout_s)
+        teacher_shapes = teacher.shapes()
     if config.needs_annotator:
         annotator = RayAnnotator(annotator_actor, config.annotator)
     canary = [*ready.canaries, *canary_sequences(len(ready.tokenizer))]
     generator = _generator(engines, config)
-    sampler: Generator = generator
-    if config.sampling.source == "teacher":
-        sampler = TeacherGenerator(_generator([teacher_engine], config))
-    elif config.sampling.source == "solutions":
-        sampler = SolutionGenerator(ready.tokenizer, config.sampling.max_response_tokens)
-    if config.sampling.off_policy_frac < 1:
-        sampler = MixedGenerator(generator, sampler, config.sampling.off_policy_frac)
+    sampler = _sampler(ready, generator, [teacher_engine] if config.sampling.source == "teacher" else [])
+    sends_adapters = config.learner.sends_adapters
+    transport: Transport = AdapterObjects(learner) if sends_adapters else Broadcast(learner, config.sync)
     checkpoints = RunCheckpoints(folder, learner, teacher, config.run.keep_checkpoints)
     roles = Roles(
         prompts=ready.prompts,
@@ -84,8 +85,9 @@ def start_roles(ready: Ready, folder: RunFolder, journal: RunJournal) -> tuple[R
         grader=RayGrader(rewarder, config.rewarder),
         annotator=annotator,
         teacher=teacher,
+        teacher_shapes=teacher_shapes,
         learner=learner,
-        weight_sync=ProvenWeightSync(learner, engines, canary, config.sync),
+        weight_sync=ProvenWeightSync(learner, transport, engines, canary, config.sync),
         journal=journal,
         checkpoints=checkpoints,
     )
@@ -94,6 +96,19 @@ def start_roles(ready: Ready, folder: RunFolder, journal: RunJournal) -> tuple[R
 
 def _generator(engines: list[Any], config: RunConfig) -> VllmGenerator:
     return VllmGenerator(engines, config.sampling.max_response_tokens, config.placement.step_timeout_s)
+
+
+def _sampler(ready: Ready, generator: Generator, teacher_engines: list[Any]) -> Generator:
+    """Whose completions are trained on: those of sampling.source, or of the policy's generator for a share of them."""
+    sampling = ready.config.sampling
+    sampler = generator
+    if sampling.source == "teacher":
+        sampler = TeacherGenerator(_generator(teacher_engines, ready.config))
+    elif sampling.source == "solutions":
+        sampler = SolutionGenerator(ready.tokenizer, sampling.max_response_tokens)
+    if sampling.off_policy_frac < 1:
+        sampler = MixedGenerator(generator, sampler, sampling.off_policy_frac)
+    return sampler
 
 
 def _start_engine(index: int, ready: Ready, model: Model, loaded_version: int | None = None) -> Any:
@@ -106,6 +121,7 @@ def _start_engine(index: int, ready: Ready, model: Model, loaded_version: int | 
         backend=transfer_backend(config.sync, config.placement),
         seed=config.run.seed,
         loaded_version=loaded_version,
+        lora=config.learner.lora if config.learner.sends_adapters and loaded_version is None else Lora(),
     )
 
 

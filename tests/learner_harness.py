@@ -3,7 +3,7 @@
 Processes are dear and engines are cheap, so `Host` actors each run one learner rank after another.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -222,11 +222,19 @@ def reference_parts(
 
 
 def reference(
-    model_path: str, batches: Sequence[TrainingBatch], num_minibatches: int = 1
+    model_path: str,
+    batches: Sequence[TrainingBatch],
+    num_minibatches: int = 1,
+    trained: Callable[[Any], list[torch.nn.Parameter]] = lambda model: list(model.parameters()),
 ) -> tuple[Weights, list[float], list[float]]:
-    """Weights after plain torch steps, and the loss and gradient norm of each."""
+    """Weights after plain torch steps, and the loss and gradient norm of each.
+
+    Args:
+        trained: prepares the model and returns the parameters that are trained.
+    """
     model = load(model_path)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-4, weight_decay=0.1)
+    parameters = trained(model)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.95), eps=1e-4, weight_decay=0.1)
     losses, norms = [], []
     for item in batches:
         with torch.no_grad():
@@ -238,7 +246,7 @@ def reference(
             mine = [s for s in item.sequences if s.key.prompt_id in part]
             loss = sum(sum(reference_parts(model, s, old[s.key])) for s in mine)
             (loss * num_minibatches).backward()
-            norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
+            norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, 0.5)))
             optimizer.step()
             losses[-1] += loss.item()
     return dict(model.named_parameters()), losses, norms

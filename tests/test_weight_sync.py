@@ -29,6 +29,7 @@ from trace_rl.workers.weight_sender import (
     transfer_backend,
 )
 from trace_rl.workers.weight_sync import ProvenWeightSync, canary_sequences
+from trace_rl.workers.weight_transport import Broadcast
 
 SETTINGS = Sync(bucket_mib=1, timeout_s=60)
 CANARY = canary_sequences(300)
@@ -216,7 +217,7 @@ class LearnerActor:
 
 
 class ActorSource:
-    """`trace_rl.workers.weight_sync.WeightSource` over a `LearnerActor`."""
+    """`trace_rl.workers.weight_transport.WeightSource` over a `LearnerActor`."""
 
     def __init__(self, folder: str) -> None:
         self.actor = ray.remote(LearnerActor).options(num_cpus=0.5).remote(folder)
@@ -244,6 +245,10 @@ class ActorSource:
 
     def fail(self, failure: str) -> None:
         ray.get(self.actor.fail.remote(failure), timeout=60)
+
+
+def broadcast(source: ActorSource, engines: Sequence[Any], settings: Sync = SETTINGS) -> ProvenWeightSync:
+    return ProvenWeightSync(source, Broadcast(source, settings), engines, CANARY, settings)
 
 
 class BreakableEngine(GeneratorEngine):
@@ -344,7 +349,7 @@ def test_engines_refuse_to_sample_until_a_sync_has_proven_their_weights(engines:
 def test_synced_engines_compute_with_the_new_weights_also_on_cached_prompts(
     engines: list[Any], source: ActorSource
 ) -> None:
-    sync = ProvenWeightSync(source, engines, CANARY, SETTINGS)
+    sync = broadcast(source, engines)
     generator = VllmGenerator(engines, 16, timeout_s=60)
     for version in range(3):
         source.randomize(version)
@@ -361,7 +366,7 @@ def test_a_kept_prefix_cache_would_be_seen(
     engines: list[Any], source: ActorSource, broken: Callable[[str], None]
 ) -> None:
     # Shows that the test above can fail: with the cache kept, the log-probs are those of the old weights' prefix.
-    sync = ProvenWeightSync(source, engines[1:], CANARY, SETTINGS)
+    sync = broadcast(source, engines[1:])
     generator = VllmGenerator(engines[1:], 16, timeout_s=60)
     sync.sync(10)
     list(generator.generate(long_requests(2), Decoding(0.7)))
@@ -383,7 +388,7 @@ def test_a_kept_prefix_cache_would_be_seen(
 def test_a_broken_engine_is_refused_and_named(
     engines: list[Any], source: ActorSource, broken: Callable[[str], None], fault: str, message: str
 ) -> None:
-    sync = ProvenWeightSync(source, engines, CANARY, SETTINGS)
+    sync = broadcast(source, engines)
     source.randomize(20)
     sync.sync(20)
     broken(fault)
@@ -404,7 +409,7 @@ def test_a_learner_that_disagrees_with_all_engines_is_refused(
     gap = "nan" if failure == "is broken" else r"\d\S+"
     message = rf"generator engine 0 \({gap} nats\), generator engine 1 \({gap} nats\) does not compute"
     with pytest.raises(WeightSyncError, match=message):
-        ProvenWeightSync(source, engines, CANARY, SETTINGS).sync(30)
+        broadcast(source, engines).sync(30)
 
 
 @pytest.mark.engine
@@ -414,11 +419,11 @@ def test_a_sender_that_hangs_is_a_bounded_error_and_the_next_sync_works(
     source.fail("hangs")
     started = time.monotonic()
     with pytest.raises(WeightSyncError, match=r"learner rank 0.* did not finish transferring version 40 within"):
-        ProvenWeightSync(source, engines, CANARY, Sync(bucket_mib=1, timeout_s=4)).sync(40)
+        broadcast(source, engines, Sync(bucket_mib=1, timeout_s=4)).sync(40)
     assert time.monotonic() - started < 8
     source.fail("")
     source.randomize(41)
-    assert ProvenWeightSync(source, engines, CANARY, SETTINGS).sync(41)["sync/canary_gap_max_nats"] < 1e-4
+    assert broadcast(source, engines).sync(41)["sync/canary_gap_max_nats"] < 1e-4
 
 
 @pytest.mark.engine
@@ -429,10 +434,10 @@ def test_a_sender_that_dies_is_named_and_a_new_one_can_take_over(
     mortal.fail("dies")
     started = time.monotonic()
     with pytest.raises(WeightSyncError, match="failed: learner rank 0 died while transferring version 50"):
-        ProvenWeightSync(mortal, engines, CANARY, SETTINGS).sync(50)
+        broadcast(mortal, engines).sync(50)
     assert time.monotonic() - started < SETTINGS.timeout_s / 2
     source.randomize(51)
-    assert ProvenWeightSync(source, engines, CANARY, SETTINGS).sync(51)["sync/canary_gap_max_nats"] < 1e-4
+    assert broadcast(source, engines).sync(51)["sync/canary_gap_max_nats"] < 1e-4
 
 
 @pytest.mark.engine
@@ -444,7 +449,7 @@ def test_an_untied_head_arrives_too(
     untied = ActorSource(str(folder))
     (engine,) = start_engines(str(folder), 1)
     assert "lm_head.weight" in untied.describe_weights().names
-    sync = ProvenWeightSync(untied, [engine], CANARY, SETTINGS)
+    sync = broadcast(untied, [engine])
     for version in range(2):
         untied.randomize(version)
         assert sync.sync(version)["sync/canary_gap_max_nats"] < 1e-4

@@ -11,8 +11,6 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -84,7 +82,7 @@ def device() -> torch.device:
 def build_engine(
     module: nn.Module, settings: LearnerSettings, is_bfloat16: bool, num_optimizer_steps: int
 ) -> deepspeed.DeepSpeedEngine:
-    """Wrap a module whose parameters are all trained with torch's AdamW.
+    """Wrap a module, whose parameters that require a gradient are trained with torch's AdamW.
 
     Args:
         num_optimizer_steps: optimizer steps of the whole run, where the learning-rate schedule ends.
@@ -158,35 +156,3 @@ def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> float:
         return float("nan")
     engine.step()
     return norm
-
-
-def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Shape of a parameter whether or not ZeRO-3 has partitioned it."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def gathered_buckets(
-    parameters: list[tuple[str, nn.Parameter]], bucket_bytes: int
-) -> Iterator[list[tuple[str, Tensor]]]:
-    """Yield full weights in order, in buckets of at most `bucket_bytes` (a larger one alone); collective under ZeRO-3.
-
-    A bucket is valid until the next one is asked for. Every rank must run the iterator to its end.
-    """
-    bucket: list[tuple[str, nn.Parameter]] = []
-    size = 0
-    for name, parameter in parameters:
-        num_bytes = torch.Size(full_shape(parameter)).numel() * parameter.element_size()
-        if bucket and size + num_bytes > bucket_bytes:
-            yield from _gather(bucket)
-            bucket, size = [], 0
-        bucket.append((name, parameter))
-        size += num_bytes
-    if bucket:
-        yield from _gather(bucket)
-
-
-def _gather(bucket: list[tuple[str, nn.Parameter]]) -> Iterator[list[tuple[str, Tensor]]]:
-    is_partitioned = any(hasattr(parameter, "ds_id") for _, parameter in bucket)
-    gather = deepspeed.zero.GatheredParameters([p for _, p in bucket]) if is_partitioned else nullcontext()
-    with gather:
-        yield [(name, parameter.detach()) for name, parameter in bucket]

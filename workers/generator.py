@@ -11,10 +11,12 @@ and top-p); the prefix cache never outlives the weights that filled it.
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import ray
@@ -22,13 +24,20 @@ from jaxtyping import Float
 from ray.exceptions import RayError
 
 from trace_rl.batch import Rollout, RolloutRequest
+from trace_rl.config.learner import Lora
 from trace_rl.config.roles import GeneratorSettings, Model
 from trace_rl.errors import TraceError, WeightSyncError, WorkerError
 from trace_rl.protocols import Decoding
 from trace_rl.workers import environment
+from trace_rl.workers.adapters import Adapter, linear_names
 from trace_rl.workers.waiting import first_cause, wait_for, worker_error
 from trace_rl.workers.weight_sender import TransferBackend, TransferGroup, WeightManifest, transport_gist
 
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
+_ADAPTER_ID = 1
+_NO_ADAPTERS = Lora()
 _CPU_BATCH_TOKENS = 4096
 _CPU_BLOCK_TOKENS = 32
 _ARRIVAL_S = 60.0  # for rollouts that are finished and only have to be copied
@@ -53,6 +62,7 @@ class GeneratorEngine:
         seed: engine seed; samples depend on the requests' own seeds only.
         loaded_version: version to report for the weights on disk, for use without a learner. Without it nothing is
             generated until a weight sync has proven the weights.
+        lora: the adapters that a weight sync brings; of rank 0: it brings all weights.
     """
 
     def __init__(
@@ -64,6 +74,7 @@ class GeneratorEngine:
         backend: TransferBackend,
         seed: int = 0,
         loaded_version: int | None = None,
+        lora: Lora = _NO_ADAPTERS,
     ) -> None:
         environment.apply(settings.kv_cache_gib)
         is_cpu = not environment.has_gpu()
@@ -90,7 +101,10 @@ class GeneratorEngine:
             weight_transfer_config=WeightTransferConfig(backend=f"trace_{backend}"),
             worker_extension_cls=WORKER_EXTENSION,
             **(_cpu_settings(max_model_len) if is_cpu else {}),
+            **(_adapter_settings(lora, model) if lora.rank else {}),
         )
+        self._adapter: LoRARequest | None = None
+        self._adapter_folder = tempfile.TemporaryDirectory(prefix="adapter-")
         self._tokenizer = self._llm.get_tokenizer()
         self._proven_version: int | None = None
         if loaded_version is not None:
@@ -138,7 +152,7 @@ class GeneratorEngine:
                 )
                 prompt = {"prompt_token_ids": list(request.prompt_token_ids)}
                 pending[str(number)] = request
-                engine.add_request(str(number), prompt, params)
+                engine.add_request(str(number), prompt, params, lora_request=self._adapter)
             while engine.has_unfinished_requests():
                 finished = [output for output in engine.step() if output.finished]
                 if finished:
@@ -182,7 +196,7 @@ class GeneratorEngine:
             temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False, skip_reading_prefix_cache=True, seed=0
         )
         prompts = [{"prompt_token_ids": list(sequence)} for sequence in sequences]
-        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        outputs = self._llm.generate(prompts, params, use_tqdm=False, lora_request=self._adapter)
         return [
             np.array(
                 [entry[token].logprob for token, entry in zip(sequence[1:], output.prompt_logprobs[1:], strict=True)],
@@ -220,12 +234,42 @@ class GeneratorEngine:
             raise WeightSyncError(f"{self._name} at version {version}: {error}") from error
         except Exception as error:
             raise WeightSyncError(f"{self._name} could not load the weights of version {version}: {error!r}") from error
+        self._forget_prefixes(version)
+        return self.weight_receipt()
+
+    def load_adapter(self, adapter: Adapter, version: int) -> WeightReceipt:
+        """Take low-rank adapters in place of those before, as `version`; they stay unproven until `accept`.
+
+        Raises:
+            WeightSyncError: vLLM could not load them; names this engine.
+        """
+        from vllm.lora.request import LoRARequest
+
+        self._proven_version = None
+        folder = Path(self._adapter_folder.name)
+        adapter.write(folder)
+        name = f"policy-{version}"
+        try:
+            # in place: vLLM would otherwise keep the adapter that it holds under this id
+            is_loaded = self._llm.llm_engine.add_lora(LoRARequest(name, _ADAPTER_ID, str(folder), load_inplace=True))
+        except Exception as error:
+            raise WeightSyncError(
+                f"{self._name} could not load the adapters of version {version}: {error!r}; if vLLM has none for this "
+                "model, set learner.lora.sync=merged"
+            ) from error
+        if not is_loaded:
+            raise WeightSyncError(f"{self._name} did not load the adapters of version {version}; see its log")
+        self._adapter = LoRARequest(name, _ADAPTER_ID, str(folder))
+        self._llm.update_weight_version(str(version))
+        self._forget_prefixes(version)
+        return WeightReceipt(int(self._llm.get_weight_version()), adapter.digest())
+
+    def _forget_prefixes(self, version: int) -> None:
         if not self._llm.reset_prefix_cache():
             raise WeightSyncError(
                 f"{self._name} kept its prefix cache after version {version} arrived, because requests still run; let "
                 "them finish before a sync"
             )
-        return self.weight_receipt()
 
     def weight_receipt(self) -> WeightReceipt:
         """Version and digest of the weights that were received last."""
@@ -235,6 +279,22 @@ class GeneratorEngine:
     def accept(self, version: int) -> None:
         """Declare the weights proven, so that rollouts may be sampled."""
         self._proven_version = version
+
+
+def _adapter_settings(lora: Lora, model: Model) -> dict[str, Any]:
+    """Room for one adapter, of the least rank that vLLM has kernels for, beside all layers but the output head.
+
+    An adapter beside the head, even an empty one, breaks vLLM's log-probs of prompts: it is laid out for one row a
+    request.
+    """
+    from vllm.config.lora import MaxLoRARanks
+
+    return {
+        "enable_lora": True,
+        "max_loras": 1,
+        "max_lora_rank": min((rank for rank in get_args(MaxLoRARanks) if rank >= lora.rank), default=lora.rank),
+        "lora_target_modules": linear_names(model),
+    }
 
 
 def _cpu_settings(max_model_len: int) -> dict[str, Any]:

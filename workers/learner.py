@@ -1,8 +1,8 @@
 """The learner as the driver sees it: one object over the rank actors.
 
-Implements `trace_rl.protocols.Learner` for the loop, `trace_rl.workers.weight_sync.WeightSource` for the weight sync,
-and what the teacher needs to follow the policy. Decides how ranks are started, waited for and blamed. Must not know how
-a rank trains.
+Implements `trace_rl.protocols.Learner` for the loop, the sources of `trace_rl.workers.weight_transport`, and what the
+teacher needs to follow the policy. Decides how ranks are started, waited for and blamed. Must not know how a rank
+trains.
 
 Every wait has a deadline and names the ranks that missed it. When a rank dies the others hang in a collective, so the
 first failure ends the wait; a dead rank is blamed before the complaints of its peers. A batch whose step cannot be
@@ -28,6 +28,7 @@ from trace_rl.config.run import RunConfig
 from trace_rl.errors import ConfigError, TraceError, TrainingError, WorkerError
 from trace_rl.objective import couples_tokens, merge_sums, objective_of, summarise
 from trace_rl.workers import checkpoint
+from trace_rl.workers.adapters import Adapter
 from trace_rl.workers.batch_runner import StepReport
 from trace_rl.workers.learner_rank import LearnerRank, LearnerSpec
 from trace_rl.workers.waiting import first_cause, worker_error
@@ -195,6 +196,11 @@ class DeepSpeedLearner:
     def send_weights(self, version: int) -> list[ray.ObjectRef[str]]:
         """Start to send the weights from rank 0, which resolves to a digest; the other ranks join in the gathering."""
         return [rank.send_weights.remote(version) for rank in self._ranks]
+
+    def export_adapter(self, version: int) -> tuple[ray.ObjectRef[Adapter], list[ray.ObjectRef[str]]]:
+        """Start to copy the adapters: rank 0's, and a digest from each rank, of which the first is that of the copy."""
+        copies = [rank.export_adapter.remote(version) for rank in self._ranks]
+        return copies[0][0], [digest for _, digest in copies]
 
     def canary_logprobs(self, sequences: Sequence[tuple[int, ...]]) -> list[Float[np.ndarray, " time"]]:
         """Log-probs [len(sequence) - 1] of fixed sequences at temperature 1."""

@@ -27,9 +27,16 @@ from trace_rl.config.learner import LearnerSettings
 from trace_rl.config.roles import Model
 from trace_rl.errors import TrainingError
 from trace_rl.objective import Objective
+from trace_rl.workers.adapters import Adapter, adapter_config, add_adapters
 from trace_rl.workers.batch_runner import BatchRunner, StepReport
 from trace_rl.workers.ranks import Ranks
-from trace_rl.workers.weight_sender import TransferBackend, TransferGroup, WeightManifest, WeightSender, free_address
+from trace_rl.workers.weight_sender import (
+    TransferBackend,
+    TransferGroup,
+    WeightManifest,
+    WeightSender,
+    free_address,
+)
 
 if TYPE_CHECKING:
     import deepspeed
@@ -73,7 +80,7 @@ class LearnerRank:
         """Join the process group, load the model, build the engine (collective); returns what `send_weights` sends."""
         import transformers
 
-        from trace_rl.workers import deepspeed_engine
+        from trace_rl.workers import deepspeed_engine, learner_weights
         from trace_rl.workers.policy_model import RowModel, layout_of, load_policy
 
         transformers.utils.logging.disable_progress_bar()
@@ -87,7 +94,8 @@ class LearnerRank:
         policy = load_policy(spec.model, self._device)
         if spec.settings.gradient_checkpointing:
             policy.gradient_checkpointing_enable({"use_reentrant": False})
-        self._ds = deepspeed_engine
+        if spec.settings.lora.rank:
+            add_adapters(policy, spec.settings.lora, spec.seed)
         shares = spec.settings.sequence_parallel
         group = deepspeed_engine.share_sequences(policy, shares)
         self._engine = deepspeed_engine.build_engine(
@@ -98,10 +106,11 @@ class LearnerRank:
         ranks = Ranks(self._rank, self._world_size, shares, group)
         layout = layout_of(policy, spec.settings)
         self._runner = BatchRunner(self._engine, spec.settings, spec.objective, ranks, layout, self._device)
-        # Under ZeRO-3 the output head is a placeholder between forward passes; its shape stays known.
-        self._manifest = WeightManifest.of(
-            (name, deepspeed_engine.full_shape(parameter), parameter.dtype) for name, parameter in self._parameters()
-        )
+        self._gathered = learner_weights.gathered_buckets
+        self._weights = learner_weights.model_weights(policy)
+        self._adapters = learner_weights.adapter_weights(policy) if spec.settings.sends_adapters else []
+        sent = self._adapters or self._weights
+        self._manifest = WeightManifest.of((weight.name, weight.shape, weight.dtype) for weight in sent)
         return self._manifest
 
     def set_teacher_head(self, head: Float[Tensor, "vocab hidden"]) -> None:
@@ -154,6 +163,13 @@ class LearnerRank:
             pass
         return ""
 
+    @ray.method(num_returns=2)
+    def export_adapter(self, version: int) -> tuple[Adapter, str]:
+        """Copies of the adapters from rank 0, and their digest; collective."""
+        self._refuse_after_failure(f"send its adapters as version {version}")
+        adapter = self._adapter()
+        return adapter, adapter.digest()
+
     @ray.method(num_returns="streaming")
     def export_state(self) -> Iterator[dict[str, Tensor]]:
         """Stream copies of the full weights in buckets {Hugging Face name: tensor} from rank 0; collective."""
@@ -173,6 +189,10 @@ class LearnerRank:
                 weights |= {name: weight.to("cpu", copy=True) for name, weight in bucket}
         if self._rank == 0:
             checkpoint.write_policy(Path(folder), self._policy, weights, self._spec.model.path)
+        if self._adapters:
+            adapter = self._adapter()
+            if self._rank == 0:
+                adapter.write(Path(folder) / "adapter")
         checkpoint.write_learner(Path(folder), self._engine, self._rank, self._layout())
 
     def load(self, folder: str) -> None:
@@ -188,14 +208,22 @@ class LearnerRank:
         return {
             "learner.world_size": settings.world_size,
             "learner.zero_stage": settings.zero_stage,
+            "learner.lora.rank": settings.lora.rank,
             "model.dtype": self._spec.model.dtype,
         }
 
-    def _parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
-        return list(self._policy.named_parameters())
+    def _adapter(self) -> Adapter:
+        """The adapters, whole on rank 0 and without weights elsewhere."""
+        buckets = self._gathered(self._adapters, self._bucket_bytes)
+        whole = {name: weight.to("cpu", copy=True) for bucket in buckets for name, weight in bucket if self._rank == 0}
+        return Adapter(whole, adapter_config(self._policy))
+
+    @property
+    def _bucket_bytes(self) -> int:
+        return self._spec.bucket_mib * 2**20
 
     def _buckets(self) -> Iterator[list[tuple[str, Tensor]]]:
-        return self._ds.gathered_buckets(self._parameters(), self._spec.bucket_mib * 2**20)
+        return self._gathered(self._weights, self._bucket_bytes)
 
     def _connect_store(self, address: str, port: int) -> TCPStore:
         timeout = timedelta(seconds=self._spec.collective_timeout_s)

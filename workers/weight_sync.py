@@ -2,7 +2,7 @@
 
 Decides the protocol of one sync: send and receive concurrently, a handshake (each engine's version and digest against
 the sender's), then a canary (log-probs of fixed sequences, engine against learner). It must not know how weights travel
-(`weight_sender`, `weight_receiver`) or how the learner is sharded.
+(`weight_transport`) or how the learner is sharded.
 
 Invariants: an engine may sample only after all three agreed; every wait ends at the deadline of the sync, and the error
 names who was waited for and in which step.
@@ -24,33 +24,13 @@ from trace_rl.config.roles import Sync
 from trace_rl.errors import WeightSyncError
 from trace_rl.protocols import Metrics
 from trace_rl.workers.waiting import first_cause, worker_error
-from trace_rl.workers.weight_sender import TransferGroup, WeightManifest
+from trace_rl.workers.weight_transport import Transport
 
 _GRACE_S = 3.0  # after a first failure, time for others to report: a dead peer is noticed by all, its own end says why
 
 
-class WeightSource(Protocol):
-    """The learner as the weight sync sees it: an object on the driver that talks to the learner's ranks.
-
-    Rank 0 holds a `trace_rl.workers.weight_sender.WeightSender`; the other ranks only join the gathering of sharded
-    weights. Names are those of the Hugging Face checkpoint, in an order that never changes; tied weights come once.
-    """
-
-    def rendezvous(self) -> tuple[str, int]:
-        """Address of rank 0's node that engines can reach, and a port that is free there (`free_address`)."""
-        ...
-
-    def describe_weights(self) -> WeightManifest:
-        """Names, full shapes and dtypes of what `send_weights` will send (`WeightManifest.of`); nothing is gathered."""
-        ...
-
-    def connect_sender(self, group: TransferGroup) -> ObjectRef[Any]:
-        """Start `WeightSender.connect(group)` on rank 0; resolves when every engine has joined."""
-        ...
-
-    def send_weights(self, version: int) -> list[ObjectRef[str]]:
-        """Start `WeightSender.send`; one reference a rank, and rank 0's resolves to the digest of what was sent."""
-        ...
+class Scorer(Protocol):
+    """The learner as the canary sees it."""
 
     def canary_logprobs(self, sequences: Sequence[tuple[int, ...]]) -> list[Float[np.ndarray, " time"]]:
         """Log-probs of fixed token sequences under the weights just sent, at temperature 1; bounded by the learner.
@@ -70,13 +50,19 @@ class ProvenWeightSync:
     """
 
     def __init__(
-        self, source: WeightSource, engines: Sequence[Any], canary: Sequence[tuple[int, ...]], settings: Sync
+        self,
+        learner: Scorer,
+        transport: Transport,
+        engines: Sequence[Any],
+        canary: Sequence[tuple[int, ...]],
+        settings: Sync,
     ) -> None:
-        self._source = source
+        self._learner = learner
+        self._transport = transport
         self._engines = {f"generator engine {index}": engine for index, engine in enumerate(engines)}
         self._canary = list(canary)
         self._settings = settings
-        self._manifest: WeightManifest | None = None
+        self._is_connected = False
 
     def sync(self, version: int) -> Metrics:
         """Bring every engine to the learner's weights as `version` and prove it.
@@ -84,17 +70,18 @@ class ProvenWeightSync:
         Raises:
             WeightSyncError: a party died, failed or missed the deadline, or an engine's version, digest or canary
                 differs from the learner's. The engines stay unproven.
-            WorkerError: the learner failed in a call that it bounds itself (`describe_weights`, `canary_logprobs`).
+            WorkerError: the learner failed in a call that it bounds itself.
         """
         started = time.monotonic()
         deadline = started + self._settings.timeout_s
         try:
-            manifest = self._manifest if self._manifest is not None else self._connect(deadline)
-            self._transfer(manifest, version, deadline)
+            if not self._is_connected:
+                self._connect(deadline)
+            self._transfer(version, deadline)
             sent = time.monotonic()
             gap = self._check_canary(version, deadline)
         except BaseException:
-            self._manifest = None  # the group may be broken: the next sync joins anew
+            self._is_connected = False  # the group may be broken: the next sync joins anew
             raise
         accepted = {name: engine.accept.remote(version) for name, engine in self._engines.items()}
         _gather(accepted, f"accepting version {version}", deadline, self._settings.timeout_s)
@@ -102,31 +89,25 @@ class ProvenWeightSync:
             "sync/duration_s": time.monotonic() - started,
             "sync/transfer_s": sent - started,
             "sync/canary_gap_max_nats": gap,
-            "sync/weight_bytes": float(manifest.nbytes),
+            "sync/weight_bytes": float(self._transport.nbytes),
         }
 
-    def _connect(self, deadline: float) -> WeightManifest:
+    def _connect(self, deadline: float) -> None:
         try:
-            manifest = self._source.describe_weights()
-            address, port = self._source.rendezvous()
+            where, joins = self._transport.connect(self._engines)
         except RayError as error:
             raise WeightSyncError(f"the learner could not prepare the weight sync: {first_cause(error)}") from error
-        settings = self._settings
-        group = TransferGroup(address, port, 1 + len(self._engines), settings.bucket_mib, settings.timeout_s)
-        joins: dict[str, ObjectRef[Any]] = {"the learner": self._source.connect_sender(group)}
-        for rank, (name, engine) in enumerate(self._engines.items(), start=1):
-            joins[name] = engine.join_transfer.remote(group, rank)
-        _gather(joins, f"joining the transfer group at {address}:{port}", deadline, settings.timeout_s)
-        self._manifest = manifest
-        return manifest
+        _gather(joins, f"joining {where}", deadline, self._settings.timeout_s)
+        self._is_connected = True
 
-    def _transfer(self, manifest: WeightManifest, version: int, deadline: float) -> None:
+    def _transfer(self, version: int, deadline: float) -> None:
         """Send and receive at the same time, then compare what each engine reports with what was sent."""
-        parties = {name: engine.receive_weights.remote(manifest, version) for name, engine in self._engines.items()}
-        senders = {f"learner rank {rank}": ref for rank, ref in enumerate(self._source.send_weights(version))}
-        reports = _gather(parties | senders, f"transferring version {version}", deadline, self._settings.timeout_s)
+        transfer = self._transport.start(self._engines, version)
+        senders = {f"learner rank {rank}": digest for rank, digest in enumerate(transfer.digests)}
+        parties = {**transfer.receipts, **senders}
+        reports = _gather(parties, f"transferring version {version}", deadline, self._settings.timeout_s)
         digest = reports["learner rank 0"]
-        for name, receipt in ((name, reports[name]) for name in parties):
+        for name, receipt in ((name, reports[name]) for name in transfer.receipts):
             if receipt.version != version:
                 raise WeightSyncError(
                     f"{name} reports weight version {receipt.version} after the sync of version {version}; its weights "
@@ -142,7 +123,7 @@ class ProvenWeightSync:
         """Largest difference in nats between any engine's and the learner's log-probs of the canary."""
         scores = {name: engine.score.remote(self._canary) for name, engine in self._engines.items()}
         try:
-            expected = self._source.canary_logprobs(self._canary)
+            expected = self._learner.canary_logprobs(self._canary)
         except RayError as error:
             raise WeightSyncError(f"the learner could not score the canary: {first_cause(error)}") from error
         found = _gather(scores, f"scoring the canary of version {version}", deadline, self._settings.timeout_s)

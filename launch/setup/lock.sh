@@ -11,9 +11,9 @@ compile() {
     "$bin/uv" pip compile setup.py --python-version 3.11 --python-platform x86_64-manylinux_2_28 --upgrade --quiet \
         --no-header --no-annotate --no-emit-index-url --no-emit-find-links "$@"
 }
-compile --extra cpu --extra dev --extra tracking --override requirements/overrides-cpu.txt >build/locks/cpu.full
+compile --extra cpu --extra dev --extra lora --extra tracking --override requirements/overrides-cpu.txt >build/locks/cpu.full
 grep -Ev '^(nvidia|cuda)-' build/locks/cpu.full >build/locks/cpu.lock
-compile --extra cuda --extra dev --extra tracking --override requirements/overrides-cuda.txt >build/locks/cuda.lock
+compile --extra cuda --extra dev --extra lora --extra tracking --override requirements/overrides-cuda.txt >build/locks/cuda.lock
 compile --extra slow-tests --override requirements/overrides-slow-tests.txt --constraint build/locks/cpu.full >build/locks/slow.full
 grep -vxF -f build/locks/cpu.full build/locks/slow.full >build/locks/slow-tests.lock
 mv build/locks/cpu.lock build/locks/cuda.lock build/locks/slow-tests.lock requirements/

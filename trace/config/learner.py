@@ -25,6 +25,21 @@ class LearningRateSchedule(Section):
     warmup_steps: int = Field(0, ge=0)
 
 
+class Lora(Section):
+    """Low-rank adapters, W + alpha / rank B A (arXiv:2106.09685), by the library peft."""
+
+    rank: int = Field(0, ge=0)
+    """0: all weights are trained; otherwise only adapters of this rank. They want a learning rate of 1e-5 to 1e-4."""
+    alpha: int = Field(32, ge=1)
+    """The adapters' product is scaled by alpha / rank."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Names of modules as peft reads them; `all-linear`: every linear layer but the output head, which cannot have an
+    adapter, because the loss multiplies with its weight."""
+    sync: Literal["adapter", "merged"] = "adapter"
+    """What engines get: the adapters alone, computed beside the weights as the learner does; or, for models of which
+    vLLM cannot load adapters, all weights with the adapters added, which in bfloat16 rounds small updates away."""
+
+
 class LearnerSettings(Section):
     world_size: int = Field(1, ge=1)
     """Ranks of the learner; the loss does not depend on it."""
@@ -50,6 +65,8 @@ class LearnerSettings(Section):
     offload: Literal["none", "optimizer", "all"] = "none"
     """What waits in CPU memory while it is not used: the optimizer's states and float32 weights (ZeRO 1 to 3), or the
     weights of the model too (ZeRO-3)."""
+    lora: Lora = Lora()
+    """Adapters to train instead of all weights; teachers and checkpoints get the weights with the adapters added."""
     optimizer: Optimizer = Optimizer()
     schedule: LearningRateSchedule = LearningRateSchedule()
 
@@ -77,6 +94,11 @@ class LearnerSettings(Section):
                 "set learner.layout=auto"
             )
         return self
+
+    @property
+    def sends_adapters(self) -> bool:
+        """Whether engines get adapters instead of weights."""
+        return self.lora.rank > 0 and self.lora.sync == "adapter"
 
     @property
     def tile_bytes(self) -> int:
