@@ -12,7 +12,8 @@ from trace_rl.absent import AbsentAnnotator, AbsentTeacher
 from trace_rl.batch import AnnotatedRollout, GradedRollout, Prompt, Rollout, Span, TeacherRows, TokenStatistics
 from trace_rl.config.run import RunConfig
 from trace_rl.errors import TrainingError
-from trace_rl.loop import Roles, train
+from trace_rl.flops import TransformerShape
+from trace_rl.loop import Roles, evaluate, train
 from trace_rl.prompts import PromptEncoder
 from trace_rl.protocols import Decoding
 
@@ -208,6 +209,10 @@ ROUTE = {
 }
 
 
+A_PARAMETER = TransformerShape(num_layer_parameters=1, num_layers=0, attention_width=0, hidden=0, vocab=0)
+"""Two operations a token."""
+
+
 def configured(steps, routes=None, algorithm=None, sampling=None, **sections):
     return RunConfig.model_validate(
         {
@@ -232,6 +237,7 @@ def make_roles(config, annotator=None, teacher=None, sampler=None):
         grader=Grader(),
         annotator=annotator or AbsentAnnotator(),
         teacher=teacher or AbsentTeacher(),
+        teacher_shapes=[A_PARAMETER] if teacher else [],
         learner=learner,
         weight_sync=Sync(learner, engine),
         journal=Journal(),
@@ -280,6 +286,25 @@ def test_annotator_and_teacher_are_asked_only_while_the_schedule_is_above_zero()
     assert teacher.scored[4:] == [0, 0]
     assert [roles.journal.steps[step]["route/key/lambda"] for step in range(6)] == [0.5, 0.5, 0.5, 0.25, 0.0, 0.0]
     assert [roles.journal.steps[step]["route/key/policy_weight"] for step in range(6)] == [0, 0, 0, 0.5, 1, 1]
+
+
+def test_what_the_teacher_was_spared_is_told_while_the_method_has_one():
+    roles = make_roles(configured(steps=6, routes={"key": ROUTE}), Annotator(), teacher := Teacher())
+    train(configured(steps=6, routes={"key": ROUTE}), roles)
+    first = roles.journal.steps[0]
+    # 32 rollouts of a token; the prompts q0 to q3 are two more, which stand in where none was made for the teacher
+    sent = first["teacher/forward_tokens"]
+    assert first["teacher/flops_saved_frac"] == pytest.approx(1 - sent / (sent + 3 * (32 - teacher.scored[0])))
+    assert first["teacher/state_bytes"] == teacher.scored[0] * 2 * 8
+    # lambda is 0 in the last two steps
+    names = ("flops_saved_frac", "forward_tokens", "state_bytes")
+    assert [[roles.journal.steps[step][f"teacher/{name}"] for name in names] for step in (4, 5)] == [[1, 0, 0]] * 2
+
+
+def test_without_a_teacher_nothing_is_told_of_one():
+    roles = make_roles(configured(steps=1))
+    train(configured(steps=1), roles)
+    assert not any(name.startswith("teacher/") for name in roles.journal.steps[0])
 
 
 def test_a_resumed_run_reaches_the_weights_of_an_uninterrupted_one():
@@ -342,6 +367,24 @@ def test_training_samples_come_from_the_sampler_and_evaluations_from_the_policy_
     assert roles.generator.decodings == [Decoding(1.0)] * 2
     assert all(name.startswith("train/") for names in sampler.asked for name in names)
     assert all(name.startswith("heldout/") for names in roles.generator.asked for name in names)
+
+
+def test_held_out_prompts_are_rendered_with_the_evaluations_arguments():
+    class Thinking(CharTokenizer):
+        def apply_chat_template(self, conversation, *, thinking, **kwargs):
+            return [*super().apply_chat_template(conversation), int(thinking)]
+
+    class Recording(Engine):
+        def generate(self, requests, decoding):
+            self.last_ids = {request.prompt_token_ids[-1] for request in requests}
+            yield from super().generate(requests, decoding)
+
+    config = configured(steps=1, evaluation={"every": 1, "chat_template_kwargs": {"thinking": True}})
+    encoder = PromptEncoder(Thinking(), "", {"thinking": False})
+    roles = replace(make_roles(config), encoder=encoder, generator=(engine := Recording()))
+    evaluate(config, roles)
+    assert engine.last_ids == {1}
+    assert encoder.student_ids(Prompt("p", "q", "a"))[-1] == 0
 
 
 class Sure(Engine):
@@ -424,7 +467,7 @@ def test_steps_are_measured_every_few_and_the_exposure_adds_up():
     assert roles.learner.scored == [0, 0, 2, 2, 4, 4]
     measured = [step for step, metrics in roles.journal.steps.items() if "diagnostics/cosine" in metrics]
     assert measured == [0, 2, 4]
-    assert "diagnostics/one_step_lift_nats" in roles.journal.steps[0]
+    assert "diagnostics/all/one_step_lift_nats" in roles.journal.steps[0]
     exposure = [roles.journal.steps[step]["exposure/routed_grad_norm_sum"] for step in measured]
     assert exposure == [1.0, 2.0, 3.0]  # 2 steps x 0.5 each time
     assert [roles.journal.steps[step]["exposure/lambda_sq_sum"] for step in range(5)] == [1.0, 2.0, 3.0, 4.0, 5.0]

@@ -19,6 +19,7 @@ from trace_rl.packing import (
     plan_micro_batches,
     split_minibatches,
 )
+from trace_rl.states import states_array
 from trace_rl.token_layout import Padded
 
 PADDED = Padded()
@@ -79,6 +80,17 @@ def test_rows_of_several_routes_share_states_or_have_none() -> None:
     assert rows.route_index.tolist() == [0, 1, 2, 0]
     assert rows.route_weight.tolist() == [0.5, 0.25, 0.125, 0.5]
     assert rows.teacher_row.tolist() == [0, 0, -1, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_states_keep_the_precision_in_which_they_were_shipped(dtype: torch.dtype) -> None:
+    states = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    first = replace(sequence([7], [1, 2], [1]), teacher_hidden=states_array(states[:1]))
+    second = replace(sequence([7], [1, 2], [0, 1]), teacher_hidden=states_array(states[1:]))
+    # whoever has no states has none of the teacher's precision either
+    packed = pack([first, sequence([9], [3], []), second], PADDED)
+    assert packed.teacher_hidden.dtype == dtype and torch.equal(packed.teacher_hidden, states)
+    assert packed.rows.teacher_row.tolist() == [0, 1, 2]
 
 
 def test_constants_are_float32_and_change_precision_together() -> None:

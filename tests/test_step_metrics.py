@@ -1,10 +1,13 @@
 """Metrics of a step by hand."""
 
+import numpy as np
 import pytest
 from rollouts import ERROR, KEY, annotated, configured, error, key
 
+from trace_rl.batch import RolloutKey, TeacherRequest, TeacherRows
+from trace_rl.flops import TransformerShape
 from trace_rl.routing import route_rollouts
-from trace_rl.step_metrics import rollout_metrics, route_metrics
+from trace_rl.step_metrics import rollout_metrics, route_metrics, teacher_metrics
 
 TRACE = configured({"key_spans": KEY, "error_spans": ERROR})
 ROLLOUTS = [
@@ -61,3 +64,51 @@ def test_a_route_without_a_teacher_is_no_exposure() -> None:
 def test_nothing_trained_on_is_nothing_to_tell() -> None:
     assert rollout_metrics([], 0) == {}
     assert route_metrics([], TRACE.algorithm, 0)["route/token_frac"] == 0.0
+
+
+def asked(sample: int, num_prompt_tokens: int, positions: list[int]) -> tuple[TeacherRequest, TeacherRows]:
+    """Of a rollout of prompt p; its states are two numbers of 4 bytes."""
+    name, last, found = RolloutKey("p", sample), positions[-1], np.array(positions)
+    outputs = frozenset({"states"})
+    request = TeacherRequest(name, 0, tuple(range(num_prompt_tokens)), tuple(range(last + 1)), found, outputs)
+    states = np.zeros((len(found), 2), dtype=np.float32)
+    return request, TeacherRows(name, 0, found, states, np.zeros(0), np.zeros(0))
+
+
+def test_teacher_metrics_by_hand() -> None:
+    # P = 5, L W = 1, d V = 10: F(T, R) = 10 T + 2 T^2 + 20 R
+    shape = TransformerShape(num_layer_parameters=5, num_layers=1, attention_width=1, hidden=2, vocab=5)
+    routed = route_rollouts(ROLLOUTS, TRACE, 0)
+    requests, rows = zip(asked(0, 4, [1, 2]), asked(1, 3, [2, 3]), strict=True)
+    # sent: F(4 + 3, 2) = 70 + 98 + 40 = 208, F(3 + 4, 2) = 208. In full: F(4 + 6, 6) = 100 + 200 + 120 = 420,
+    # F(3 + 4, 4) = 70 + 98 + 80 = 248, and behind the student's prompt of 2 tokens
+    # F(2 + 10, 10) = 120 + 288 + 200 = 608 and F(2 + 4, 4) = 60 + 72 + 80 = 212
+    assert teacher_metrics(routed, requests, rows, 1, [shape]) == {
+        "teacher/flops_saved_frac": pytest.approx(1 - 416 / (420 + 248 + 608 + 212)),
+        "teacher/forward_tokens": 14.0,
+        "teacher/state_bytes": 4 * 2 * 4.0,
+    }
+    # two equal models do twice the work on both sides; a second view that was not asked makes F of student prompts
+    assert teacher_metrics(routed, requests, rows, 1, [shape] * 2) == teacher_metrics(
+        routed, requests, rows, 1, [shape]
+    )
+    # F(2 + 6, 6) = 80 + 128 + 120 = 328 and F(2 + 4, 4) = 212 for the two that were sent in the first view only
+    two_views = teacher_metrics(routed, requests, rows, 2, [shape])
+    assert two_views["teacher/flops_saved_frac"] == pytest.approx(1 - 416 / (1488 + 328 + 212 + 608 + 212))
+
+
+def test_a_teacher_that_was_not_asked_was_spared_everything() -> None:
+    shape = TransformerShape(5, 1, 1, 2, 5)
+    nothing = {"teacher/flops_saved_frac": 1.0, "teacher/forward_tokens": 0.0, "teacher/state_bytes": 0.0}
+    routed = route_rollouts(ROLLOUTS, TRACE, 0)
+    assert teacher_metrics(routed, [], [], 0, [shape]) == nothing  # lambda is 0
+    assert teacher_metrics(routed, [], [], 1, [shape]) == nothing  # nobody found a span
+    assert teacher_metrics([], [], [], 1, [shape]) == nothing
+    assert teacher_metrics(routed, [], [], 0, []) == {}
+
+
+def test_scoring_everything_spares_nothing() -> None:
+    shape = TransformerShape(5, 1, 1, 2, 5)
+    routed = route_rollouts(ROLLOUTS[:2], TRACE, 0)
+    requests, rows = zip(asked(0, 4, list(range(6))), asked(1, 3, list(range(4))), strict=True)
+    assert teacher_metrics(routed, requests, rows, 1, [shape])["teacher/flops_saved_frac"] == 0.0

@@ -10,6 +10,10 @@ from trace_rl.config.roles import Model
 from trace_rl.config.teacher import Ema, External, Frozen, Live, Periodic, TrustRegion
 from trace_rl.config.teacher import Teacher as TeacherSettings
 from trace_rl.errors import CheckpointError, ModelError
+from trace_rl.flops import TransformerShape
+from trace_rl.states import BFLOAT16, states_tensor
+from trace_rl.token_layout import Padded
+from trace_rl.workers.policy_model import final_hidden
 from trace_rl.workers.teacher import RayTeacher, TeacherModel
 
 VOCAB = 97
@@ -40,9 +44,9 @@ def model_folder(tmp_path_factory):
     return folder
 
 
-def make_teacher(folder, weights):
-    model = Model(path=str(folder), dtype="float32")
-    return TeacherModel(model, TeacherSettings(max_tokens_per_batch=64, weights=weights), VOCAB)
+def make_teacher(folder, weights, dtype="float32", states="model"):
+    model = Model(path=str(folder), dtype=dtype)
+    return TeacherModel(model, TeacherSettings(max_tokens_per_batch=64, weights=weights, states=states), VOCAB)
 
 
 @pytest.fixture
@@ -276,3 +280,56 @@ def test_a_checkpoint_of_other_weights_is_refused(model_folder, tmp_path):
     moving.save(tmp_path)
     with pytest.raises(CheckpointError, match=r"teacher\.weights\.type = frozen"):
         make_teacher(model_folder, Frozen()).load(tmp_path)
+
+
+@torch.no_grad()
+def states_of(model, prompt, response):
+    """Of the tokens of the response, in the model's precision."""
+    return final_hidden(model, Padded().grid([tuple(prompt + response)]))[0, len(prompt) - 1 : -1]
+
+
+@pytest.mark.parametrize("weights", [Frozen(), Ema()], ids=lambda weights: weights.type)
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_states_are_shipped_as_they_were_computed(model_folder, weights, dtype, size):
+    teacher = make_teacher(model_folder, weights, dtype)
+    model = Qwen3ForCausalLM.from_pretrained(model_folder, dtype=getattr(torch, dtype)).eval()
+    (rows,) = teacher.score([request(0, PROMPT, RESPONSE, [0, 2, 4])])
+    found = states_tensor(rows.hidden)
+    assert found.dtype == getattr(torch, dtype)
+    assert torch.equal(found, states_of(model, PROMPT, RESPONSE)[[0, 2, 4]])
+    assert rows.hidden.nbytes == 3 * 64 * size
+
+
+def test_a_mix_in_bfloat16_ships_the_states_that_it_reads_itself(model_folder):
+    teacher = make_teacher(model_folder, TrustRegion(mix=0.3), "bfloat16")
+    model = Qwen3ForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).eval()
+    (rows,) = teacher.score([request(0, PROMPT, RESPONSE, [1, 3])])
+    states = states_of(model, PROMPT, RESPONSE)[[1, 3]]
+    # products of bfloat16 numbers, rounded once
+    expected = torch.cat([(0.7 * states.double()).bfloat16(), (0.3 * states.double()).bfloat16()], -1)
+    assert torch.equal(states_tensor(rows.hidden), expected)
+    assert rows.hidden.nbytes == 2 * 128 * 2
+
+
+def test_a_float32_teacher_may_ship_half_the_bytes(model_folder):
+    exact, rounded = (make_teacher(model_folder, Frozen(), states=states) for states in ("model", "bfloat16"))
+    one = request(0, PROMPT, RESPONSE, [0, 3], ("states", "logprobs"))
+    (full,), (half,) = exact.score([one]), rounded.score([one])
+    assert torch.equal(states_tensor(half.hidden), states_tensor(full.hidden).bfloat16())
+    assert half.hidden.nbytes * 2 == full.hidden.nbytes
+    np.testing.assert_array_equal(half.logprobs, full.logprobs)  # taken before anything is rounded
+
+
+def test_states_that_were_not_asked_for_take_no_bytes(model_folder):
+    teacher = make_teacher(model_folder, Frozen(), "bfloat16")
+    (rows,) = teacher.score([request(0, PROMPT, RESPONSE, [0, 3], ("logprobs",))])
+    assert rows.hidden.dtype == BFLOAT16 and rows.hidden.shape == (0, 64) and rows.hidden.nbytes == 0
+
+
+@pytest.mark.parametrize(("weights", "num_models"), [(Frozen(), 1), (TrustRegion(), 2)])
+def test_the_shape_is_that_of_each_model(model_folder, weights, num_models):
+    # a layer: queries 64 x 64, keys and values 2 x 64 x 32, output 64 x 64, MLP 3 x 64 x 96, norms 2 x 64 + 2 x 32;
+    # and the last norm
+    layer = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 96 + 2 * 64 + 2 * 32
+    expected = TransformerShape(2 * layer + 64, num_layers=2, attention_width=64, hidden=64, vocab=VOCAB)
+    assert make_teacher(model_folder, weights).shapes() == [expected] * num_models

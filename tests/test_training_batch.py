@@ -1,6 +1,7 @@
 """From routes to what the learner sees: denominators, token weights, advantages and teacher rows, by hand."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from trace_rl.errors import WeightSyncError
 from trace_rl.objective import objective_of
 from trace_rl.packing import pack
 from trace_rl.routing import route_rollouts
+from trace_rl.states import states_array, states_tensor
 from trace_rl.token_layout import Padded
 from trace_rl.training_batch import Evidence, scored_tokens, token_denominators, training_batch
 
@@ -177,6 +179,20 @@ def test_each_row_finds_its_teacher_state() -> None:
     assert sequence.teacher_row.tolist() == [1, 2, 0, 1, 2, 3, 4, 5, -1, -1]
     states = sequence.teacher_hidden[:, 0].tolist()
     assert states == pytest.approx([2.0, 2.1, 2.2, 2.3, 2.1, 2.2])  # sample + position / 10
+
+
+def test_states_in_bfloat16_stay_so() -> None:
+    rollouts, config = [annotated("p", 2, 5, 1.0, key(1, 3)), annotated("p", 3, 2, 0.0)], configured({"key": KEY})
+    evidence = evidence_of(rollouts, config)
+    shipped = {
+        place: replace(rows, hidden=states_array(torch.from_numpy(rows.hidden).bfloat16()))
+        for place, rows in evidence.teacher_rows.items()
+    }
+    routed, evidence = route_rollouts(rollouts, config, 0), replace(evidence, teacher_rows=shipped)
+    batch = training_batch(routed, scored_tokens(routed, evidence, config), evidence, config, 0)
+    hidden = states_tensor(batch.sequences[0].teacher_hidden)
+    assert torch.equal(hidden, torch.tensor([[2.1] * HIDDEN, [2.2] * HIDDEN]).bfloat16())
+    assert torch.equal(pack(batch.sequences, Padded()).teacher_hidden, hidden)
 
 
 def test_advantages_of_tokens_are_what_an_action_makes_of_them() -> None:

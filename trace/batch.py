@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 FinishReason = Literal["stop", "length"]
 GradeCause = Literal["graded", "truncated", "timeout", "error"]
@@ -204,8 +204,8 @@ class TeacherRows:
     key: RolloutKey
     view: int
     positions: Int[np.ndarray, " row"]
-    hidden: Float[np.ndarray, "row hidden"]
-    """Final hidden states (after the last norm) that predict the tokens."""
+    hidden: Shaped[np.ndarray, "row hidden"]
+    """Final hidden states (after the last norm) that predict the tokens, as `trace_rl.states` keeps them."""
     logprobs: Float[np.ndarray, " row"]
     """log q(token_ids[t]) at the request's temperature."""
     entropy: Float[np.ndarray, " row"]
@@ -268,7 +268,8 @@ class TrainingSequence:
     route_weight: Float[np.ndarray, " row"]
     teacher_row: Int[np.ndarray, " row"]
     """Index into `teacher_hidden`; -1 where the action reads no states."""
-    teacher_hidden: Float[np.ndarray, "state hidden"]
+    teacher_hidden: Shaped[np.ndarray, "state hidden"]
+    """The teacher's final hidden states, as `trace_rl.states` keeps them."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from trace_rl.collapse import CollapseDetector
 from trace_rl.config.run import RunConfig
 from trace_rl.diagnostics import Exposure, measured_step
 from trace_rl.errors import TrainingError
+from trace_rl.flops import TransformerShape
 from trace_rl.prompts import PromptEncoder
 from trace_rl.protocols import (
     Annotator,
@@ -34,7 +35,7 @@ from trace_rl.protocols import (
     WeightSync,
 )
 from trace_rl.routing import active_span_classes, keep_top_tokens, route_rollouts, teacher_views
-from trace_rl.step_metrics import rollout_metrics, route_metrics
+from trace_rl.step_metrics import rollout_metrics, route_metrics, teacher_metrics
 from trace_rl.text_metrics import text_metrics
 from trace_rl.training_batch import Evidence, scored_tokens, training_batch
 
@@ -54,6 +55,8 @@ class Roles:
     grader: Grader
     annotator: Annotator
     teacher: Teacher
+    teacher_shapes: Sequence[TransformerShape]
+    """Of the teacher's models, by which its work is counted; empty where the run has no teacher."""
     learner: Learner
     weight_sync: WeightSync
     journal: Journal
@@ -95,7 +98,7 @@ def _step(config: RunConfig, roles: Roles, step: int) -> dict[str, float]:
     with journal.stage("rollout"):
         candidates = route_rollouts(_annotated(config, roles, step, sampled), config, step)
     with journal.stage("teacher"):
-        evidence = _ask_teacher(config, roles, candidates, step)
+        evidence, teacher_cost = _ask_teacher(config, roles, candidates, step)
     with journal.stage("learner"):
         routed, batch = _rank_and_weigh(config, roles, candidates, evidence, step)
         learner_metrics = _train_on(config, roles, batch)
@@ -108,6 +111,7 @@ def _step(config: RunConfig, roles: Roles, step: int) -> dict[str, float]:
         **text_metrics(sampled, roles.encoder.types),
         **roles.grader.metrics(),
         **roles.annotator.metrics(),
+        **teacher_cost,
         **learner_metrics,
         **sync_metrics,
     }
@@ -159,12 +163,17 @@ def _with_mixed_rewards(
     return [item for key in chosen for item in (kept or groups)[key]]
 
 
-def _ask_teacher(config: RunConfig, roles: Roles, routed: Sequence[RoutedRollout], step: int) -> Evidence:
+def _ask_teacher(
+    config: RunConfig, roles: Roles, routed: Sequence[RoutedRollout], step: int
+) -> tuple[Evidence, Metrics]:
+    """What the teacher says of the routed tokens, and what that took."""
     views = teacher_views(config, step)
     if views:
         roles.teacher.refresh(step)
-    rows = roles.teacher.score(roles.encoder.teacher_requests(routed, views))
-    return Evidence(views, {(item.key, item.view): item for item in rows})
+    requests = roles.encoder.teacher_requests(routed, views)
+    rows = roles.teacher.score(requests)
+    cost = teacher_metrics(routed, requests, rows, len(views), roles.teacher_shapes)
+    return Evidence(views, {(item.key, item.view): item for item in rows}), cost
 
 
 def _rank_and_weigh(
@@ -193,7 +202,7 @@ def _train_on(config: RunConfig, roles: Roles, batch: TrainingBatch) -> Metrics:
         return {"learner/skipped_steps": 1.0}
     has_rows = any(len(sequence.route_positions) for sequence in batch.sequences)
     if every and batch.step % every == 0 and has_rows:
-        return measured_step(roles.learner, batch)
+        return measured_step(roles.learner, batch, list(config.algorithm.routes))
     return roles.learner.train_step(batch)
 
 
@@ -216,7 +225,8 @@ def evaluate(config: RunConfig, roles: Roles) -> Metrics:
     """Sample held-out prompts with the generator's present weights; seeds are the same at every evaluation."""
     settings = config.evaluation
     prompts = roles.prompts.heldout(settings.num_prompts)
-    requests = roles.encoder.requests(prompts, settings.samples_per_prompt, config.run.seed, "heldout")
+    encoder = roles.encoder.with_template_kwargs(settings.chat_template_kwargs)
+    requests = encoder.requests(prompts, settings.samples_per_prompt, config.run.seed, "heldout")
     graded = list(roles.grader.grade(roles.generator.generate(requests, Decoding(settings.temperature))))
     roles.grader.metrics()  # the counters of the next step are its own
     return evaluation_metrics(graded)

@@ -21,6 +21,7 @@ from torch import Tensor
 from trace_rl.batch import TrainingSequence
 from trace_rl.errors import DataError
 from trace_rl.objective import LossRows
+from trace_rl.states import states_tensor
 from trace_rl.token_layout import Layout, TokenGrid, predicting_positions
 
 Plan = tuple[tuple[tuple[int, ...], ...], ...]
@@ -36,6 +37,7 @@ class MicroBatch:
     """Index into the flattened (batch, time) of the state that predicts each response token."""
     rows: LossRows
     teacher_hidden: Float[Tensor, "state hidden"]
+    """In the precision in which they were shipped."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """Copy to a device."""
@@ -155,7 +157,7 @@ def pack(sequences: Sequence[TrainingSequence], layout: Layout) -> MicroBatch:
             route_weight=_float([s.route_weight for s in sequences]),
             teacher_row=_long(teacher_row),
         ),
-        teacher_hidden=_float(states) if states else torch.zeros(0, 0),
+        teacher_hidden=states_tensor(np.concatenate(states)) if states else torch.zeros(0, 0),
     )
 
 

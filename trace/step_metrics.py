@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trace_rl.batch import GradedRollout, RoutedRollout
+from trace_rl.batch import GradedRollout, RoutedRollout, TeacherRequest, TeacherRows
 from trace_rl.config.algorithm import Algorithm
+from trace_rl.flops import TransformerShape
 
 
 def rollout_metrics(sampled: Sequence[GradedRollout], num_trained: int) -> dict[str, float]:
@@ -64,6 +65,49 @@ def route_metrics(routed: Sequence[RoutedRollout], algorithm: Algorithm, step: i
         metrics[f"route/{name}/policy_weight"] = route.policy_weight(step)
         metrics[f"route/{name}/selected_frac"] = tokens / total if total else 0.0
     return metrics
+
+
+def teacher_metrics(
+    routed: Sequence[RoutedRollout],
+    requests: Sequence[TeacherRequest],
+    rows: Sequence[TeacherRows],
+    num_views: int,
+    shapes: Sequence[TransformerShape],
+) -> dict[str, float]:
+    """What asking the teacher took, and what was spared by asking for routed tokens only; nothing without a teacher.
+
+    flops_saved_frac = 1 - F(requests) / F(every rollout through to its end, in every view, all its tokens projected);
+    1 where the teacher was not asked. Projections count on both sides, once for each token that is read: those of
+    states run on the learner, those of log-probs and entropies on the teacher. Where a rollout was not sent, its
+    privileged prompt was never made and the student's is counted for it, so the share is rather too small. Padding,
+    and what ranked routes project again on the learner to choose their tokens, is left out.
+
+    Args:
+        routed: the rollouts that are trained on, when the requests were made of them.
+        num_views: the views of the step; 0 where no active route reads the teacher.
+        shapes: of the teacher's models, each of which runs every request.
+    """
+    if not shapes:
+        return {}
+    prompts = {(request.key, request.view): len(request.teacher_prompt_token_ids) for request in requests}
+    tokens = [len(request.teacher_prompt_token_ids) + len(request.token_ids) for request in requests]
+    spent = sum(
+        shape.forward_flops(length, len(request.positions))
+        for request, length in zip(requests, tokens, strict=True)
+        for shape in shapes
+    )
+    in_full = sum(
+        shape.forward_flops(prompt + item.member.length, item.member.length)
+        for view in range(num_views)
+        for item in routed
+        for prompt in [prompts.get((item.key, view), len(item.member.rollout.prompt_token_ids))]
+        for shape in shapes
+    )
+    return {
+        "teacher/flops_saved_frac": 1 - spent / in_full if requests else 1.0,
+        "teacher/forward_tokens": float(sum(tokens)),
+        "teacher/state_bytes": float(sum(item.hidden.nbytes for item in rows)),
+    }
 
 
 def _taken(item: RoutedRollout) -> np.ndarray:

@@ -3,11 +3,13 @@
 `TeacherModel` becomes a Ray actor and holds the models whose logits are mixed; `RayTeacher` is its side on the driver
 and moves the policy's weights into it. What leaves the actor for a divergence is the final hidden state (behind the
 last norm) of each wanted row, `hidden` numbers a row instead of `vocab`, and the output head; the learner multiplies
-the two. Where only log-probs or entropies are read, no state and no head is shipped.
+the two. Where only log-probs or entropies are read, no state and no head is shipped. States are shipped as they were
+computed, unless `teacher.states` asks for fewer bits.
 
 Invariants:
 * logits = hidden @ head.T, for every kind of weights: a mix of models is one product, of the scaled states side by side
-  with the heads side by side.
+  with the heads side by side. Scaling rounds the states of a mix once, to the models' precision; the learner and the
+  teacher's own log-probs read the same rounded numbers.
 * The state of a resumed teacher equals that of the uninterrupted one: what depends on earlier steps is saved, all else
   is made again from the start weights and the policy.
 
@@ -25,13 +27,16 @@ from jaxtyping import Float
 from ray import ObjectRef
 from ray.actor import ActorHandle
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from trace_rl.batch import TeacherRequest, TeacherRows
 from trace_rl.config.roles import Model
 from trace_rl.config.teacher import Teacher as TeacherSettings
 from trace_rl.config.teacher import TeacherWeights
 from trace_rl.errors import CheckpointError, ModelError
+from trace_rl.flops import TransformerShape
+from trace_rl.states import states_array
 from trace_rl.token_layout import Packed, Padded, predicting_positions
 from trace_rl.workers.policy_model import final_hidden, head_weight, is_flash, load_policy
 from trace_rl.workers.waiting import wait_for
@@ -68,6 +73,7 @@ class TeacherModel:
         self._weights = settings.weights
         self._vocab_size = vocab_size
         self._max_tokens = settings.max_tokens_per_batch
+        self._is_rounded = settings.states == "bfloat16"
         start = model.model_copy(update={"path": settings.weights.start_path(model.path)})
         setting = "model.path" if start.path == model.path else "teacher.weights.path"
         self._models = [
@@ -85,6 +91,10 @@ class TeacherModel:
 
     def ready(self) -> bool:
         return True
+
+    def shapes(self) -> list[TransformerShape]:
+        """Of each model that a request runs through, with the part of its head that is used."""
+        return [transformer_shape(model, self._vocab_size) for model in self._models]
 
     def score(self, requests: Sequence[TeacherRequest]) -> list[TeacherRows]:
         """One forward per model and batch of similar lengths; returns rows in the order of the requests."""
@@ -180,7 +190,7 @@ class TeacherModel:
             key=request.key,
             view=request.view,
             positions=request.positions,
-            hidden=hidden.float().cpu().numpy(),
+            hidden=states_array(hidden.bfloat16() if self._is_rounded else hidden),
             logprobs=logprobs[: wanted if "logprobs" in request.outputs else 0].cpu().numpy(),
             entropy=entropy[: wanted if "entropy" in request.outputs else 0].cpu().numpy(),
         )
@@ -206,6 +216,10 @@ class RayTeacher:
         self._weights = weights
         self._timeout_s = timeout_s
         self._is_head_current = False
+
+    def shapes(self) -> list[TransformerShape]:
+        """Of the models that every request runs through."""
+        return self._wait(self._actor.shapes.remote(), "counting its parameters")
 
     def refresh(self, step: int) -> bool:
         """Move the teacher's weights toward the policy's as their kind asks for, once before a step is scored."""
@@ -235,6 +249,21 @@ class RayTeacher:
 
     def _wait(self, ref: Any, doing: str) -> Any:
         return wait_for(ref, self._timeout_s, "the teacher", doing)
+
+
+def transformer_shape(model: PreTrainedModel, vocab_size: int) -> TransformerShape:
+    """What a loaded model's work depends on, under a head of `vocab_size` rows."""
+    config = model.config.get_text_config()
+    decoder = model.get_decoder()
+    looked_up = (each.weight for each in decoder.modules() if isinstance(each, nn.Embedding))
+    heads = config.num_attention_heads
+    return TransformerShape(
+        num_layer_parameters=sum(each.numel() for each in decoder.parameters()) - sum(map(Tensor.numel, looked_up)),
+        num_layers=config.num_hidden_layers,
+        attention_width=heads * (getattr(config, "head_dim", None) or config.hidden_size // heads),
+        hidden=head_weight(model).shape[1],
+        vocab=vocab_size,
+    )
 
 
 def _length(request: TeacherRequest) -> int:

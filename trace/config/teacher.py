@@ -132,3 +132,8 @@ class Teacher(Section):
     student that does not think. Without any, both prompts are rendered alike."""
     max_tokens_per_batch: int = Field(16384, ge=1)
     """Padded tokens of one teacher forward."""
+    states: Literal["model", "bfloat16"] = "model"
+    """Precision of the hidden states that go to the learner. `model`: the very numbers that the teacher computed, two
+    bytes each for a bfloat16 model and four for a float32 one. `bfloat16`: two bytes each, which is lossy for a float32
+    model: its divergences are then those of states rounded to 8 significant bits; log-probs and entropies are taken
+    before that."""
