@@ -6,6 +6,7 @@ Each failure is one sentence with the place and a suggestion. `RunConfig`'s own 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from trace_rl.workers.policy_model import vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 _NUM_CANARIES = 4
 
@@ -72,14 +75,20 @@ def check(config: RunConfig) -> Ready:
     first = peek(prompts, config.sampling.prompts_per_step)
     if config.sampling.source == "solutions":
         _check_solutions([*_known_prompts(prompts), *first])
-    _check_template(encoder, first[0])
+    evaluated = encoder.with_template_kwargs(config.evaluation.chat_template_kwargs)
+    _check_template(encoder, first[0], "model.chat_template_kwargs")
+    _check_template(evaluated, first[0], "model.chat_template_kwargs with evaluation.chat_template_kwargs")
+    _warn_of_idle_arguments(config, encoder, evaluated, first[0])
     heldout = list(prompts.heldout(config.evaluation.num_prompts))
     if config.evaluation.every and not heldout:
         raise DataError(
             "evaluation.every asks for evaluations, but there are no held-out rows; set data.heldout_rows or "
             "data.heldout_path, or evaluation.every=0"
         )
-    longest_teacher = _check_prompts(config, encoder, [*_known_prompts(prompts), *first, *heldout])
+    training = _known_prompts(prompts) or first
+    _check_prompts(config, encoder, training)
+    _check_prompts(config, evaluated, heldout)
+    longest_teacher = _longest_teacher_prompt(config, encoder, training)
     max_model_len = config.max_sequence_tokens
     _check_positions(config.model, max(max_model_len, longest_teacher + config.sampling.max_response_tokens))
     for context in _contexts(config):
@@ -129,8 +138,12 @@ def _known_prompts(source: PromptSource) -> Sequence[Prompt]:
     return getattr(source, "train_prompts", ())
 
 
-def _check_template(encoder: PromptEncoder, prompt: Prompt) -> None:
-    """Refuse a chat template that cannot render the run's turns with the run's arguments."""
+def _check_template(encoder: PromptEncoder, prompt: Prompt, setting: str) -> None:
+    """Refuse a chat template that cannot render the run's turns with the run's arguments.
+
+    Args:
+        setting: where the encoder's arguments of the template come from.
+    """
     from jinja2.exceptions import TemplateError
 
     try:
@@ -138,8 +151,27 @@ def _check_template(encoder: PromptEncoder, prompt: Prompt) -> None:
     except (TemplateError, TypeError) as error:
         raise ModelError(
             f"the chat template cannot render a prompt with data.system_prompt = {encoder.system_prompt!r} and "
-            f"model.chat_template_kwargs = {dict(encoder.chat_template_kwargs)} ({error}); change these two settings"
+            f"{setting} = {dict(encoder.chat_template_kwargs)} ({error}); change these two settings"
         ) from error
+
+
+def _warn_of_idle_arguments(
+    config: RunConfig, encoder: PromptEncoder, evaluated: PromptEncoder, prompt: Prompt
+) -> None:
+    """Say once which arguments that set the teacher or the evaluation apart change nothing."""
+    rendered = {}
+    if config.needs_teacher and config.teacher.chat_template_kwargs:
+        rendered["teacher.chat_template_kwargs"] = encoder.render_turn(prompt.question, encoder.all_teacher_kwargs)
+    if config.evaluation.every and config.evaluation.chat_template_kwargs:
+        rendered["evaluation.chat_template_kwargs"] = evaluated.student_ids(prompt)
+    idle = [setting for setting, ids in rendered.items() if ids == encoder.student_ids(prompt)]
+    if idle:
+        logger.warning(
+            "No effect of %s: the chat template renders the same tokens with model.chat_template_kwargs = %s alone; "
+            "choose a model whose template reads what is given there, or leave it out",
+            " and ".join(idle),
+            dict(encoder.chat_template_kwargs),
+        )
 
 
 def _contexts(config: RunConfig) -> list[Context]:
@@ -148,22 +180,29 @@ def _contexts(config: RunConfig) -> list[Context]:
     return [route.teacher_context(config.teacher.context) for route in routes if route.reads]
 
 
-def _check_prompts(config: RunConfig, encoder: PromptEncoder, prompts: Sequence[Prompt]) -> int:
-    """Refuse a student prompt beyond the budget; return the longest teacher prompt, texts of rollouts included."""
+def _check_prompts(config: RunConfig, encoder: PromptEncoder, prompts: Sequence[Prompt]) -> None:
+    """Refuse a student prompt beyond the budget."""
     budget = config.sampling.max_prompt_tokens
-    contexts = _contexts(config)
-    longest_teacher = 0
-    for prompt in {id(prompt): prompt for prompt in prompts}.values():  # ids of held-out rows may repeat
+    for prompt in prompts:
         length = len(encoder.student_ids(prompt))
         if length > budget:
             raise DataError(
                 f"prompt {prompt.prompt_id} has {length} tokens with the chat template, but "
                 f"sampling.max_prompt_tokens is {budget}; raise the budget or drop the row"
             )
-        for context in contexts:
-            from_rollouts = extra_response_pieces(context) * config.sampling.max_response_tokens
-            longest_teacher = max(longest_teacher, encoder.teacher_length(prompt, context) + from_rollouts)
-    return longest_teacher
+
+
+def _longest_teacher_prompt(config: RunConfig, encoder: PromptEncoder, prompts: Sequence[Prompt]) -> int:
+    """Length of the longest teacher prompt, texts of rollouts included; 0 where no route reads a teacher."""
+    return max(
+        (
+            encoder.teacher_length(prompt, context)
+            + extra_response_pieces(context) * config.sampling.max_response_tokens
+            for context in _contexts(config)
+            for prompt in prompts
+        ),
+        default=0,
+    )
 
 
 def _check_positions(model: Model, needed: int) -> None:

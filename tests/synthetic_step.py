@@ -31,7 +31,7 @@ from trace_rl.batch import (
 )
 from trace_rl.config.algorithm import Route
 from trace_rl.config.run import RunConfig
-from trace_rl.head_loss import LossParts, Projection, head_logprobs, head_loss
+from trace_rl.head_loss import DEFAULT_TILE_BYTES, LossParts, Projection, head_logprobs, head_loss
 from trace_rl.loop import _ask_teacher, _rank_and_weigh
 from trace_rl.objective import LossRows, Objective, objective_of
 from trace_rl.overlays import load_config
@@ -256,22 +256,38 @@ def stages(
     config: RunConfig, step: int, annotated: list[AnnotatedRollout], teacher: TinyModel, learner: Any
 ) -> tuple[Sequence[RoutedRollout], TrainingBatch]:
     """What the loop makes of annotated completions before the learner trains on them."""
-    roles: Any = SimpleNamespace(encoder=encoder_of(config), teacher=ModelTeacher(teacher), learner=learner)
+    roles: Any = SimpleNamespace(
+        encoder=encoder_of(config), teacher=ModelTeacher(teacher), teacher_shapes=(), learner=learner
+    )
     candidates = route_rollouts(annotated, config, step)
-    evidence = _ask_teacher(config, roles, candidates, step)
+    evidence, _ = _ask_teacher(config, roles, candidates, step)
     return _rank_and_weigh(config, roles, candidates, evidence, step)
 
 
-def parts_of(
+HeadInputs = tuple[Projection, LossRows, Objective, Projection, Tensor | None]
+
+
+def head_inputs(
     case: Case, packed: MicroBatch, policy: TinyModel, old: TinyModel | None, rows: LossRows | None = None
-) -> LossParts:
-    """The loss of a micro-batch in float64."""
+) -> HeadInputs:
+    """What the loss of a micro-batch is computed from, in float64 and in the order of `head_loss`."""
     exact, hidden = (rows or packed.rows).to(torch.float64), packed.teacher_hidden.double()
     before = None
     if old is not None:
         before = head_logprobs(old.projection(packed), exact.targets, case.objective.sampling_temperature)
-    teacher = Projection(hidden, case.head)
-    return head_loss(policy.projection(packed), exact, case.objective, teacher, before)[0]
+    return policy.projection(packed), exact, case.objective, Projection(hidden, case.head), before
+
+
+def parts_of(
+    case: Case,
+    packed: MicroBatch,
+    policy: TinyModel,
+    old: TinyModel | None,
+    rows: LossRows | None = None,
+    tile_bytes: int = DEFAULT_TILE_BYTES,
+) -> LossParts:
+    """The loss of a micro-batch in float64."""
+    return head_loss(*head_inputs(case, packed, policy, old, rows), tile_bytes)[0]
 
 
 def evaluate(
@@ -281,6 +297,7 @@ def evaluate(
     policy: TinyModel = POLICY,
     part: str = "total",
     layout: Layout = PADDED,
+    tile_bytes: int = DEFAULT_TILE_BYTES,
 ) -> tuple[float, Tensor]:
     """Loss and flat gradient, accumulated over micro-batches of the case's sequences."""
     policy.zero_grad()
@@ -288,7 +305,7 @@ def evaluate(
     for indices in split:
         packed = pack([case.sequences[index] for index in indices], layout)
         rows = packed.rows if part == "total" else only(packed.rows, part)
-        value = parts_of(case, packed, policy, old, rows).total
+        value = parts_of(case, packed, policy, old, rows, tile_bytes).total
         value.backward()
         loss += value.item()
     zeros = (torch.zeros_like(parameter) for parameter in policy.parameters())

@@ -164,6 +164,10 @@ NLL = {"routes": {"r": {"selector": ALL, "action": "nll"}}, **NO_PG}
             "sampling.top_p 1 and sampling.top_k 20",
         ),
         ({"algorithm": {"advantage": "gruop"}}, "the type 'gruop'; did you mean 'group'?"),
+        (
+            {"watch": {"action": "stop"}, "evaluation": {"every": 0}},
+            "watch.action is stop, but evaluation.every is 0",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(sections: dict[str, Any], sentence: str) -> None:
@@ -178,6 +182,8 @@ def test_what_goes_together() -> None:
     )
     build(algorithm=NLL, sampling={"source": "teacher"}, teacher={"weights": "frozen"})
     build(algorithm={"advantage": "whitened"}, sampling={"samples_per_prompt": 1})
+    build(watch={"action": "warn"}, evaluation={"every": 0})
+    build(watch={"action": "stop"}, evaluation={"every": 1})
 
 
 def test_kinds_are_given_by_name_mapping_or_instance() -> None:

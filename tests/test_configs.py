@@ -95,7 +95,7 @@ ROUTE = "algorithm.routes.key_spans"
         ("trace_no_label", {"teacher.context.pieces"}),
         (
             "trace_asymmetric",
-            {"teacher.chat_template_kwargs.enable_thinking", "model.chat_template_kwargs.enable_thinking"},
+            {f"{section}.chat_template_kwargs.enable_thinking" for section in ("teacher", "model", "evaluation")},
         ),
     ],
 )
@@ -169,6 +169,8 @@ def test_trace_presets_hold_the_published_numbers_and_grpos_policy_gradient(name
         ("rlsd", "algorithm.routes.all.schedule.steps", 50),
         ("tip", "algorithm.routes.top.selector.tokens.frac", 0.5),
         ("scope", "algorithm.routes.correct.token_weight.tau", 1.0),
+        ("ssopd", "algorithm.routes.longest_wrong.action.clip.mode", "token_rescale"),  # ours: the paper's is unknown
+        ("gkd", "sampling.samples_per_prompt", 1),
     ],
 )
 def test_published_numbers(name: str, setting: str, value: object) -> None:

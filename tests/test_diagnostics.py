@@ -16,22 +16,36 @@ def test_lift_by_hand() -> None:
     # supported: log q >= log p before, in the first and third token; lifts 0.5 and 0.1
     before = [statistics(0, [-2.0, -1.0], [-1.0, -3.0]), statistics(1, [-1.0], [-1.0])]
     after = [statistics(1, [-0.9], [-1.0]), statistics(0, [-1.5, -4.0], [-1.0, -3.0])]
-    assert one_step_lift(before, after) == {
-        "diagnostics/one_step_lift_nats": pytest.approx(0.3),
-        "diagnostics/lifted_tokens": 2.0,
+    assert one_step_lift(before, after, ["key_spans"]) == {
+        "diagnostics/key_spans/one_step_lift_nats": pytest.approx(0.3),
+        "diagnostics/key_spans/lifted_tokens": 2.0,
     }
 
 
-def test_routes_are_told_apart_and_those_without_a_teacher_are_left_out() -> None:
-    before = [statistics(0, [-2.0], [-1.0], route=0), statistics(0, [-2.0], [], route=1)]
-    after = [statistics(0, [-9.0], [], route=1), statistics(0, [-1.0], [-1.0], route=0)]
-    assert one_step_lift(before, after)["diagnostics/one_step_lift_nats"] == pytest.approx(1.0)
+def test_each_route_has_a_lift_of_its_own_and_those_without_a_teacher_have_none() -> None:
+    # the first route's token came up by 1 and the third's went down by 3; a mean over both would say -1
+    before = [
+        statistics(0, [-2.0], [-1.0], route=0),
+        statistics(0, [-2.0], [], route=1),
+        statistics(0, [-2.0], [-1.0], route=2),
+    ]
+    after = [
+        statistics(0, [-5.0], [-1.0], route=2),
+        statistics(0, [-9.0], [], route=1),
+        statistics(0, [-1.0], [-1.0], route=0),
+    ]
+    assert one_step_lift(before, after, ["key", "plain", "error"]) == {
+        "diagnostics/key/one_step_lift_nats": pytest.approx(1.0),
+        "diagnostics/key/lifted_tokens": 1.0,
+        "diagnostics/error/one_step_lift_nats": pytest.approx(-3.0),
+        "diagnostics/error/lifted_tokens": 1.0,
+    }
 
 
 def test_without_supported_tokens_there_is_no_lift() -> None:
-    assert one_step_lift([], []) == {}
+    assert one_step_lift([], [], ["r"]) == {}
     one = [statistics(0, [-1.0], [-2.0])]
-    assert one_step_lift(one, one) == {}
+    assert one_step_lift(one, one, ["r"]) == {}
 
 
 def test_exposure_goes_on_where_a_run_left_off() -> None:

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from trace_rl.flops import TransformerShape
-from trace_rl.workers.teacher import transformer_shape
+from trace_rl.workers.policy_model import transformer_shape
 
 SHAPE = TransformerShape(num_layer_parameters=100, num_layers=2, attention_width=8, hidden=4, vocab=10)
 

@@ -1,4 +1,4 @@
-"""What no method's loss may depend on, for every preset: the split of a batch, its order, its padding, its devices.
+"""What no method's loss may depend on, for every preset: split, order and padding of a batch, tiles, devices.
 
 The loss is that of `synthetic_step`, in float64, where equal means equal to about 1e-12, and at the end that of real
 DeepSpeed engines in float32.
@@ -13,18 +13,21 @@ import numpy as np
 import pytest
 import torch
 from learner_harness import Group, gap
+from logits_loss import autograd_loss
 from synthetic_step import (
     OLD_POLICY,
     PADDED,
     POLICY,
     PRESETS,
     TEACHER,
+    VOCAB,
     Case,
     RoundedModel,
     TinyModel,
     annotated_rollouts,
     evaluate,
     every_token_routed,
+    head_inputs,
     make_case,
     on_policy,
     one_token_each,
@@ -38,12 +41,12 @@ from synthetic_step import (
 from torch import Tensor
 
 from trace_rl import packing
-from trace_rl.actions import AdvantageAction
+from trace_rl.actions import AdvantageAction, RoutedRows
 from trace_rl.advantages import Whitened
 from trace_rl.batch import AnnotatedRollout, TrainingBatch, TrainingSequence
 from trace_rl.config.run import RunConfig
 from trace_rl.contexts import Context
-from trace_rl.head_loss import Projection, head_loss
+from trace_rl.head_loss import Projection, head_logprobs, head_loss, head_statistics
 from trace_rl.packing import pack, plan_micro_batches
 from trace_rl.schedules import Constant
 from trace_rl.token_layout import Packed, Padded, TokenGrid
@@ -101,6 +104,70 @@ def test_the_split_and_the_order_of_sequences_change_nothing(preset: str, varian
         for split in splits(case):
             assert sorted(index for indices in split for index in indices) == whole(case)[0]
             assert_same(evaluate(case, split, old), expected)
+
+
+def flat_gradient(loss: Tensor) -> Tensor:
+    return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, list(POLICY.parameters()))])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@every_preset
+def test_loss_and_gradient_are_those_of_autograd_through_all_logits(preset: str, variant: str) -> None:
+    case = make_case(preset, **VARIANTS[variant])
+    for old in (None, OLD_POLICY):
+        expected = autograd_loss(*head_inputs(case, pack(case.sequences, PADDED), POLICY, old))
+        assert_same(evaluate(case, whole(case), old), (expected.item(), flat_gradient(expected)))
+
+
+ROWS_PER_TILE = [1, 3, 7, 20]
+"""The batch of `synthetic_step` has 81 rows, which neither 7 nor 20 divide."""
+ROW_BYTES = VOCAB * 8
+
+
+@pytest.mark.parametrize("rows_per_tile", ROWS_PER_TILE)
+@every_preset
+def test_the_size_of_tiles_changes_nothing(preset: str, rows_per_tile: int) -> None:
+    case = make_case(preset)
+    tile_bytes = rows_per_tile * ROW_BYTES
+    for old in (None, OLD_POLICY):
+        assert_same(evaluate(case, whole(case), old, tile_bytes=tile_bytes), evaluate(case, whole(case), old))
+        inputs = head_inputs(case, pack(case.sequences, PADDED), POLICY, old)
+        expected, found = head_loss(*inputs)[1], head_loss(*inputs, tile_bytes)[1]
+        assert {name: value.item() for name, value in found.items()} == pytest.approx(
+            {name: value.item() for name, value in expected.items()}, rel=1e-11, abs=1e-11
+        )
+
+
+@every_preset
+def test_log_probs_and_statistics_are_those_of_all_logits_at_any_size_of_tiles(preset: str) -> None:
+    case = make_case(preset)
+    policy, rows, objective, teacher, _ = head_inputs(case, pack(case.sequences, PADDED), POLICY, None)
+    logits = (policy.hidden @ policy.head.T).detach()
+    sampled = torch.log_softmax(logits / objective.sampling_temperature, -1)
+    own = sampled.gather(-1, rows.targets.unsqueeze(-1)).squeeze(-1)
+    for rows_per_tile in ROWS_PER_TILE:
+        found = head_logprobs(policy, rows.targets, objective.sampling_temperature, rows_per_tile * ROW_BYTES)
+        torch.testing.assert_close(found, own, rtol=0, atol=1e-12)
+        # statistics hold several copies of a tile, so their tiles have an eighth of the rows
+        statistics = dict(head_statistics(policy, rows, objective, teacher, 8 * rows_per_tile * ROW_BYTES))
+        assert statistics.keys() == set(rows.route_index.tolist())
+        for route in objective.routes:
+            entries = rows.route_index == route.index
+            if not entries.any():
+                continue
+            token, reads_states = rows.route_row[entries], "states" in route.action.reads | route.ranking.reads
+            states = teacher.hidden[rows.teacher_row[entries]] @ teacher.head.T if reads_states else logits[:0]
+            targets = rows.targets[token]
+            index = targets.unsqueeze(-1)
+            routed = RoutedRows(logits[token], states, targets, route.temperature, torch.ones(len(token)))
+            expected = {
+                "policy_entropy": -(sampled.exp() * sampled).sum(-1)[token],
+                "divergence": route.ranking.terms(routed).unclipped,
+                "policy_logprobs": routed.policy_logprobs.gather(-1, index).squeeze(-1),
+                "teacher_logprobs": routed.teacher_logprobs.gather(-1, index[: len(states)]).squeeze(-1),
+            }
+            for name, value in expected.items():
+                torch.testing.assert_close(statistics[route.index][name], value, rtol=0, atol=1e-12)
 
 
 @every_preset
@@ -220,17 +287,19 @@ def test_a_live_teacher_without_a_context_teaches_nothing(preset: str) -> None:
 
 
 @every_preset
-def test_only_the_policy_gets_a_gradient(preset: str) -> None:
+def test_no_gradient_reaches_the_teacher_or_the_sampler(preset: str) -> None:
+    # `head_loss` gives gradients to the policy alone by construction; the graph of autograd shows what terms hold back.
     case = make_case(preset)
-    packed = pack(case.sequences, PADDED)
-    hidden, head = packed.teacher_hidden.double().requires_grad_(), case.head.clone().requires_grad_()
-    constants = {name: value for name, value in vars(packed.rows).items() if isinstance(value, Tensor)}
-    assert not any(value.requires_grad for value in constants.values())
-    rows = packed.rows.to(torch.float64)
-    rows = replace(rows, rollout_logprobs=rows.rollout_logprobs.requires_grad_())
-    loss = head_loss(POLICY.projection(packed), rows, case.objective, Projection(hidden, head))[0].total
-    watched = [hidden, head, rows.rollout_logprobs, *TEACHER.parameters()]
-    assert torch.autograd.grad(loss, watched, allow_unused=True) == (None,) * len(watched)
+    policy, rows, objective, teacher, old = head_inputs(case, pack(case.sequences, PADDED), POLICY, OLD_POLICY)
+    states, head = teacher.hidden.requires_grad_(), teacher.head.clone().requires_grad_()
+    rows = replace(rows, rollout_logprobs=rows.rollout_logprobs.clone().requires_grad_())
+    watched = [states, head, rows.rollout_logprobs]
+    for loss in (
+        autograd_loss(policy, rows, objective, Projection(states, head), old),
+        head_loss(policy, rows, objective, Projection(states, head), old)[0].total,
+    ):
+        assert torch.autograd.grad(loss, watched, allow_unused=True, retain_graph=True) == (None,) * len(watched)
+        assert loss.requires_grad
 
 
 @every_preset
@@ -361,9 +430,14 @@ def test_the_world_size_changes_nothing(
     assert_same_step(engine_step(preset, model_path, groups[2], world_size=2, zero_stage=2), step_on_one_rank(preset))
 
 
+ZERO_PRESETS = ["grpo", "gspo", "opd", "scope", "sdpo", "srpo", "tip", "trace_both"]
+"""A plain policy gradient; one that couples tokens; rollout correction; a likelihood beside a policy gradient; top-k
+divergence with importance weights; both in one batch; tokens ranked by a scoring pass; two routes with a ramp."""
+
+
 @pytest.mark.engine
 @pytest.mark.parametrize("zero_stage", [0, 1, 3])
-@pytest.mark.parametrize("preset", ["grpo", "trace_both", "sdpo", "gspo"])
+@pytest.mark.parametrize("preset", ZERO_PRESETS)
 def test_the_zero_stage_changes_nothing(
     preset: str,
     zero_stage: int,
@@ -371,5 +445,6 @@ def test_the_zero_stage_changes_nothing(
     model_path: str,
     step_on_one_rank: Callable[[str], dict[str, Any]],
 ) -> None:
+    """Reduced to a preset of each way in which a loss is computed; stage 2 is shown for all of them above."""
     found = engine_step(preset, model_path, groups[2], world_size=2, zero_stage=zero_stage)
     assert_same_step(found, step_on_one_rank(preset))

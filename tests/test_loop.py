@@ -413,6 +413,26 @@ def test_prompts_without_a_signal_are_refilled_by_rounds():
     assert roles.prompts.position() == {"index": 8}
 
 
+def test_of_too_many_prompts_with_a_signal_the_first_of_the_source_are_kept():
+    class SureAtFirst(Engine):
+        def generate(self, requests, decoding):
+            for rollout in super().generate(requests, decoding):
+                is_sure = int(rollout.prompt.prompt_id.split("/")[1]) < 9
+                yield replace(rollout, token_ids=(CORRECT,), text=str(CORRECT)) if is_sure else rollout
+
+    sampling = {"prompts_per_step": 3, "samples_per_prompt": 16}
+    dynamic = {"dynamic_sampling": {"max_rounds": 3}}
+    config = configured(steps=1, algorithm=dynamic, evaluation={"every": 0}, sampling=sampling)
+    engine = SureAtFirst()
+    roles = make_roles(config, sampler=engine)
+    engine.version = 0
+    roles.prompts.index = 7
+    train(config, roles)
+    # of 7 8 9 only 9 has a signal, and so have 10 11 12: one too many, and not 9, although as text it comes last
+    assert [len(names) for names in engine.asked] == [3, 3]
+    assert {item.key.prompt_id for item in roles.journal.rollouts[0]} == {"train/9", "train/10", "train/11"}
+
+
 class AlwaysRight(Engine):
     def generate(self, requests, decoding):
         for rollout in super().generate(requests, decoding):

@@ -191,6 +191,54 @@ def test_a_template_that_tells_the_sides_apart_is_refused(configure: Configure, 
     assert "do not start and end with the same template tokens" in message
 
 
+THINKING = TEMPLATE + "{% if enable_thinking %}<think>{% endif %}"
+ASYMMETRIC: dict[str, dict[str, Any]] = {
+    "algorithm": {"routes": {"r": ROUTE}},
+    "model": {"chat_template_kwargs": {"enable_thinking": False}},
+    "teacher": {"chat_template_kwargs": {"enable_thinking": True}},
+    "evaluation": {"chat_template_kwargs": {"enable_thinking": True}},
+}
+
+
+def test_template_arguments_without_effect_are_told_once(
+    configure: Configure, caplog: pytest.LogCaptureFixture
+) -> None:
+    check(configure(**ASYMMETRIC))
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.message == (
+        "No effect of teacher.chat_template_kwargs and evaluation.chat_template_kwargs: the chat template renders the "
+        "same tokens with model.chat_template_kwargs = {'enable_thinking': False} alone; choose a model whose template "
+        "reads what is given there, or leave it out"
+    )
+
+
+def test_template_arguments_that_nobody_uses_or_that_work_are_not_told_of(
+    configure: Configure, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    check(configure(**{**ASYMMETRIC, "algorithm": {}, "evaluation": {**ASYMMETRIC["evaluation"], "every": 0}}))
+    folder = str(write_model(tmp_path / "thinking", template=THINKING))
+    check(configure(**{**ASYMMETRIC, "model": {**ASYMMETRIC["model"], "path": folder}}))
+    assert not caplog.records
+
+
+def test_held_out_prompts_are_measured_as_they_are_rendered(configure: Configure, tmp_path: Path) -> None:
+    # <think> is 7 characters: of a held-out question of 51 with 3 template tokens 54 become 61, and 60 are allowed
+    folder = str(write_model(tmp_path / "thinking", template=THINKING))
+    heldout = tmp_path / "heldout.jsonl"
+    heldout.write_text(json.dumps({"id": "long", "question": "q" * 51, "answer": 1}) + "\n")
+    data = {"heldout_path": str(heldout)}
+    check(configure(model={"path": folder}, data=data))
+    thinking = {"chat_template_kwargs": {"enable_thinking": True}}
+    message = refusal(configure(model={"path": folder}, data=data, evaluation=thinking), DataError)
+    assert message.startswith("prompt long has 61 tokens")
+    loud = write_model(
+        tmp_path / "loud", template=TEMPLATE + "{% if enable_thinking %}{{ raise_exception('no') }}{% endif %}"
+    )
+    message = refusal(configure(model={"path": str(loud)}, evaluation=thinking), ModelError)
+    assert "model.chat_template_kwargs with evaluation.chat_template_kwargs = {'enable_thinking': True} (no)" in message
+
+
 def test_a_tokenizer_without_an_end_is_refused(configure: Configure, tmp_path: Path) -> None:
     folder = write_model(tmp_path / "endless", eos=None)
     assert "has no end-of-sequence token" in refusal(configure(model={"path": str(folder)}), ModelError)

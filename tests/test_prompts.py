@@ -83,6 +83,14 @@ def test_a_teacher_may_think_beside_a_student_that_does_not() -> None:
     assert text_of(asymmetric.teacher_ids(routed([1]).member, Context())).endswith("<assistant><think>")
 
 
+def test_held_out_prompts_may_be_rendered_with_other_arguments() -> None:
+    trained = encoder(chat_template_kwargs={"thinking": False})
+    evaluated = trained.with_template_kwargs({"thinking": True})
+    assert text_of(trained.student_ids(PROMPT)).endswith("<assistant>")
+    assert text_of(evaluated.student_ids(PROMPT)).endswith("<assistant><think>")
+    assert trained.with_template_kwargs({}) == trained
+
+
 def test_requests_are_one_a_sample_with_seeds_of_their_own() -> None:
     requests = encoder().requests([PROMPT, BARE], 3, 0, "train", 5)
     assert [(request.prompt.prompt_id, request.sample) for request in requests] == [

@@ -79,6 +79,29 @@ def test_coverage_is_capped_at_a_share_of_the_response() -> None:
     assert select({"tokens": "all", "max_coverage": 0.1}, CORRECT) == []
 
 
+def test_a_cap_draws_fewer_tokens_from_the_whole_response() -> None:
+    # 4 of 40 tokens are allowed. Of 4000 draws from all 40 each token has 400, with a standard deviation of 19; of
+    # those from the 30 outside of the span each has 533, with one of 21.
+    item = member(annotated("p", 0, 40, 1.0, key(5, 15)))
+    for kind, free in (("random", np.arange(40)), ("inverted", np.r_[0:5, 15:40])):
+        asked = {"rollouts": "correct", "tokens": {"type": kind}, "max_coverage": 0.1}
+        drawn = [select(asked, item, seed=seed) for seed in range(4000)]
+        assert {len(positions) for positions in drawn} == {4}
+        counts = np.bincount(np.concatenate(drawn), minlength=40)
+        assert (np.abs(counts[free] - 16000 / len(free)) < 110).all()
+        assert counts.sum() == counts[free].sum()
+
+
+def test_a_cap_shortens_the_runs_that_are_drawn() -> None:
+    # spans of 6 and 3 tokens, 8 of 100 are allowed: runs of 6 and 2, which may touch
+    item = member(annotated("p", 0, 100, 1.0, key(0, 6), key(50, 53)))
+    asked = {"rollouts": "correct", "tokens": {"type": "random", "shape": "spans"}, "max_coverage": 0.08}
+    for seed in range(50):
+        positions = np.array(select(asked, item, seed=seed))
+        runs = sorted(len(run) for run in np.split(positions, np.flatnonzero(np.diff(positions) > 1) + 1))
+        assert runs in ([2, 6], [8])
+
+
 SPANS = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 9)), max_size=6)
 
 
@@ -152,6 +175,7 @@ def test_single_tokens_are_drawn_uniformly() -> None:
         ({"rollouts": "wrong", "tokens": "random"}, "key spans exist on correct rollouts only"),
         ({"tokens": "key_span"}, "did you mean 'key_spans'?"),
         ({"rollouts": "corect", "tokens": "all"}, "rollouts"),
+        ({"tokens": "top", "max_coverage": 0.5}, "selector.max_coverage is 0.5, but selector.tokens top ranks"),
     ],
     ids=str,
 )

@@ -17,32 +17,42 @@ EXPOSURE = "exposure/routed_grad_norm_sum"
 _GRADIENT = "diagnostics/routed_grad_norm"
 
 
-def measured_step(learner: Learner, batch: TrainingBatch) -> dict[str, float]:
-    """Train on a batch and say how the two parts of the gradient lie and how far the policy came toward the teacher."""
+def measured_step(learner: Learner, batch: TrainingBatch, routes: Sequence[str]) -> dict[str, float]:
+    """Train on a batch and say how the two parts of the gradient lie and how far the policy came toward the teacher.
+
+    Args:
+        routes: the names of all routes of the run, in order.
+    """
     geometry = {f"diagnostics/{name}": value for name, value in learner.gradient_parts(batch).items()}
     before = learner.score(batch)
     metrics = learner.train_step(batch)
-    return {**metrics, **geometry, **one_step_lift(before, learner.score(batch))}
+    return {**metrics, **geometry, **one_step_lift(before, learner.score(batch), routes)}
 
 
-def one_step_lift(before: Iterable[TokenStatistics], after: Iterable[TokenStatistics]) -> dict[str, float]:
-    """Mean of log p_after(y_t) - log p_before(y_t) in nats over the routed tokens that the teacher supports.
+def one_step_lift(
+    before: Iterable[TokenStatistics], after: Iterable[TokenStatistics], routes: Sequence[str]
+) -> dict[str, float]:
+    """By route: mean of log p_after(y_t) - log p_before(y_t) in nats over its tokens that the teacher supports.
 
-    A token is supported where q(y_t) >= p_before(y_t). Nothing where no token is. The definition is ours;
+    A token is supported where q(y_t) >= p_before(y_t). Nothing for routes without such a token. The definition is ours;
     arXiv:2605.10194 reports such a lift for key spans.
+
+    Args:
+        routes: the names that `TokenStatistics.route` refers to.
     """
     later = {(item.key, item.route): item for item in after}
-    lifts = [
-        (later[item.key, item.route].policy_logprobs - item.policy_logprobs)[
-            item.teacher_logprobs >= item.policy_logprobs
-        ]
-        for item in before
-        if len(item.teacher_logprobs)
-    ]
-    tokens = np.concatenate([np.zeros(0), *lifts])
-    if not len(tokens):
-        return {}
-    return {"diagnostics/one_step_lift_nats": float(tokens.mean()), "diagnostics/lifted_tokens": float(len(tokens))}
+    lifts: dict[int, list[np.ndarray]] = {}
+    for item in before:
+        if len(item.teacher_logprobs):
+            lift = later[item.key, item.route].policy_logprobs - item.policy_logprobs
+            lifts.setdefault(item.route, []).append(lift[item.teacher_logprobs >= item.policy_logprobs])
+    tokens = {routes[index]: np.concatenate(lifts[index]) for index in sorted(lifts)}
+    metrics = {}
+    for name, values in tokens.items():
+        if len(values):
+            metrics[f"diagnostics/{name}/one_step_lift_nats"] = float(values.mean())
+            metrics[f"diagnostics/{name}/lifted_tokens"] = float(len(values))
+    return metrics
 
 
 class Exposure:

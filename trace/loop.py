@@ -14,7 +14,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from trace_rl.batch import AnnotatedRollout, GradedRollout, RoutedRollout, TrainingBatch
+from trace_rl.batch import AnnotatedRollout, GradedRollout, Prompt, RoutedRollout, TrainingBatch
 from trace_rl.collapse import CollapseDetector
 from trace_rl.config.run import RunConfig
 from trace_rl.diagnostics import Exposure, measured_step
@@ -126,15 +126,20 @@ def _annotated(config: RunConfig, roles: Roles, step: int, sampled: list[GradedR
     is_routed = any(route.is_active(step) for route in config.algorithm.routes.values())
     rounds = 1 if is_routed else config.algorithm.dynamic_sampling.max_rounds
     if rounds == 1:
-        graded: Iterator[GradedRollout] = _graded(config, roles, step, sampled)
+        graded: Iterator[GradedRollout] = _graded(config, roles, _next_prompts(config, roles), step, sampled)
     else:
         graded = iter(_with_mixed_rewards(config, roles, step, sampled, rounds))
     return roles.annotator.annotate(graded, active_span_classes(config, step))
 
 
-def _graded(config: RunConfig, roles: Roles, step: int, sampled: list[GradedRollout]) -> Iterator[GradedRollout]:
+def _next_prompts(config: RunConfig, roles: Roles) -> Sequence[Prompt]:
+    return roles.prompts.take(config.sampling.prompts_per_step)
+
+
+def _graded(
+    config: RunConfig, roles: Roles, prompts: Sequence[Prompt], step: int, sampled: list[GradedRollout]
+) -> Iterator[GradedRollout]:
     sampling = config.sampling
-    prompts = roles.prompts.take(sampling.prompts_per_step)
     requests = roles.encoder.requests(prompts, sampling.samples_per_prompt, config.run.seed, "train", step)
     decoding = Decoding(sampling.temperature, sampling.top_p, sampling.top_k)
     for item in roles.grader.grade(roles.sampler.generate(requests, decoding)):
@@ -147,20 +152,21 @@ def _with_mixed_rewards(
 ) -> list[GradedRollout]:
     """Rollouts of prompts whose completions earn different rewards, refilled from further prompts.
 
-    Those of the last round are kept whatever they earn where no prompt at all was found, so that a step is never empty.
+    Of more than are wanted the first in the order of the source are kept. Where none at all was found those of the last
+    round are kept whatever they earn, so that a step is never empty.
     """
     wanted = config.sampling.prompts_per_step
-    kept: dict[str, list[GradedRollout]] = {}
+    kept: list[list[GradedRollout]] = []
     for _ in range(max_rounds):
-        groups: dict[str, list[GradedRollout]] = {}
-        for item in _graded(config, roles, step, sampled):
-            groups.setdefault(item.rollout.prompt.prompt_id, []).append(item)
-        kept |= {key: group for key, group in groups.items() if len({item.reward for item in group}) > 1}
+        prompts = _next_prompts(config, roles)
+        # in the order of the source: that of arrival is the engine's, and the choice must not depend on it
+        groups: dict[str, list[GradedRollout]] = {prompt.prompt_id: [] for prompt in prompts}
+        for item in _graded(config, roles, prompts, step, sampled):
+            groups[item.rollout.prompt.prompt_id].append(item)
+        kept += [group for group in groups.values() if len({item.reward for item in group}) > 1]
         if len(kept) >= wanted:
             break
-    # the arrival order is that of the engine; the choice must not depend on it
-    chosen = sorted(kept)[:wanted] or sorted(groups)
-    return [item for key in chosen for item in (kept or groups)[key]]
+    return [item for group in kept[:wanted] or groups.values() for item in group]
 
 
 def _ask_teacher(

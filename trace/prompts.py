@@ -10,7 +10,7 @@ This module must not know what the privileged text says, how spans were found or
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any, Protocol
 
@@ -78,6 +78,10 @@ class PromptEncoder:
     """On top of `chat_template_kwargs` for the teacher's prompt only."""
     types: tuple[str, ...] = ()
     """Diagnostic types in the canonical order in which a label names them; others follow by name."""
+
+    def with_template_kwargs(self, kwargs: Mapping[str, Any]) -> PromptEncoder:
+        """The same with these arguments on top of `chat_template_kwargs`."""
+        return replace(self, chat_template_kwargs={**self.chat_template_kwargs, **kwargs})
 
     def student_ids(self, prompt: Prompt) -> TokenIds:
         return self.render_turn(prompt.question, self.chat_template_kwargs)

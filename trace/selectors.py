@@ -47,6 +47,11 @@ class TokenSelector(Kind):
             seed: for kinds that draw; different for every rollout, step and route, and the same when a step is redone.
         """
 
+    def at_most(self, limit: int, member: GroupMember, seed: int) -> Mask:
+        """The tokens of a rollout that are taken where no more than `limit` may be: the earliest ones."""
+        mask = self.mask(member, seed)
+        return mask & (np.cumsum(mask) <= limit)
+
 
 class AllTokens(TokenSelector):
     """Every token of the response."""
@@ -127,7 +132,15 @@ class _Drawn(TokenSelector):
     span_tokens: int = Field(8, ge=1)
     """Length of a run where `frac` is given."""
 
-    def _draw(self, member: GroupMember, is_free: Mask, seed: int) -> Mask:
+    @abstractmethod
+    def _free(self, member: GroupMember) -> Mask:
+        """The tokens that are drawn from."""
+
+    def mask(self, member: GroupMember, seed: int) -> Mask:
+        return self.at_most(member.length, member, seed)
+
+    def at_most(self, limit: int, member: GroupMember, seed: int) -> Mask:
+        """As many as are allowed, drawn from the whole response: the earliest of all drawn would be no fair control."""
         lengths = [span.end - span.start for span in member.annotated.spans if span.span_class == SPAN_CLASS[self.like]]
         if self.frac:
             count = int(self.frac * member.length + 1e-9)
@@ -135,7 +148,8 @@ class _Drawn(TokenSelector):
             lengths = [self.span_tokens] * full + [rest] * (rest > 0)
         if self.shape == "tokens":
             lengths = [1] * sum(lengths)
-        return draw_runs(is_free, lengths, np.random.default_rng(seed))
+        allowed = np.diff(np.minimum(np.cumsum(lengths, dtype=np.int64), limit), prepend=0).tolist()
+        return draw_runs(self._free(member), allowed, np.random.default_rng(seed))
 
 
 class Random(_Drawn):
@@ -147,8 +161,8 @@ class Random(_Drawn):
     def span_classes(self) -> frozenset[SpanClass]:
         return frozenset() if self.frac else frozenset({SPAN_CLASS[self.like]})
 
-    def mask(self, member: GroupMember, seed: int) -> Mask:
-        return self._draw(member, np.ones(member.length, dtype=bool), seed)
+    def _free(self, member: GroupMember) -> Mask:
+        return np.ones(member.length, dtype=bool)
 
 
 class Inverted(_Drawn):
@@ -160,8 +174,8 @@ class Inverted(_Drawn):
     def span_classes(self) -> frozenset[SpanClass]:
         return frozenset({SPAN_CLASS[self.like]})
 
-    def mask(self, member: GroupMember, seed: int) -> Mask:
-        return self._draw(member, ~span_mask(member, SPAN_CLASS[self.like]), seed)
+    def _free(self, member: GroupMember) -> Mask:
+        return ~span_mask(member, SPAN_CLASS[self.like])
 
 
 class Selector(Section):
@@ -173,8 +187,8 @@ class Selector(Section):
     tokens: TokenSelector
     """Which of their tokens."""
     max_coverage: float = Field(1.0, gt=0, le=1)
-    """At most this share of a response takes the route; later tokens are left out. Spans are capped before, by
-    importance (annotator.coverage_cap)."""
+    """At most this share of a response takes the route; later tokens are left out, and fewer are drawn. Spans are
+    capped before, by importance (annotator.coverage_cap)."""
 
     @field_validator("rollouts", mode="before")
     @classmethod
@@ -192,6 +206,16 @@ class Selector(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _ranked_tokens_have_one_bound(self) -> Selector:
+        if isinstance(self.tokens, Top) and self.max_coverage < 1:
+            raise ValueError(
+                f"selector.max_coverage is {self.max_coverage:g}, but selector.tokens top ranks the whole batch, and "
+                "the cap would leave out the later tokens of a response unranked; bound the route by "
+                "selector.tokens.frac and leave max_coverage out"
+            )
+        return self
+
     def span_classes(self, context: Context) -> frozenset[SpanClass]:
         """Classes of spans that must be annotated for this selector and a teacher with this context."""
         if not context.needs_annotation:
@@ -206,7 +230,8 @@ class Selector(Section):
         """Response positions that the selector takes, ascending."""
         if not all(_FILTERS[name](member, context) for name in self.rollouts):
             return np.zeros(0, dtype=np.int64)
-        return np.flatnonzero(self.tokens.mask(member, seed))[: int(self.max_coverage * member.length + 1e-9)]
+        limit = int(self.max_coverage * member.length + 1e-9)
+        return np.flatnonzero(self.tokens.at_most(limit, member, seed))
 
 
 def span_mask(member: GroupMember, span_class: SpanClass) -> Mask:

@@ -22,6 +22,7 @@ from transformers.utils import is_flash_attn_2_available
 from trace_rl.config.learner import LearnerSettings
 from trace_rl.config.roles import Model
 from trace_rl.errors import ModelError
+from trace_rl.flops import TransformerShape
 from trace_rl.head_loss import Projection
 from trace_rl.packing import MicroBatch
 from trace_rl.token_layout import Layout, Packed, Padded, TokenGrid
@@ -54,9 +55,6 @@ def load_policy(model: Model, device: torch.device, setting: str = "model.path")
             f"{setting}: {found} {model.path!r} cannot be loaded as a causal language model ({error}); give a folder "
             "with config.json and safetensors, or the hub name of a model that transformers.AutoModelForCausalLM knows"
         ) from error
-    if device.type == "cpu":
-        # Flash attention on CPUs approximates exp; without it the largest error against float64 is about half.
-        torch.backends.cuda.enable_flash_sdp(False)
     policy.to(device)
     _disable_dropout(policy)
     check_head(policy, model.path, setting)
@@ -156,6 +154,21 @@ def _run_borders(policy: PreTrainedModel, grid: TokenGrid) -> dict[str, Any]:
 def head_weight(policy: PreTrainedModel) -> Float[Tensor, "vocab hidden"]:
     """The output head (under ZeRO-3 only a placeholder, unless it is gathered)."""
     return policy.get_output_embeddings().weight
+
+
+def transformer_shape(model: PreTrainedModel, vocab_size: int) -> TransformerShape:
+    """What a loaded model's work depends on, under a head of `vocab_size` rows."""
+    config = model.config.get_text_config()
+    decoder = model.get_decoder()
+    looked_up = (each.weight for each in decoder.modules() if isinstance(each, nn.Embedding))
+    heads = config.num_attention_heads
+    return TransformerShape(
+        num_layer_parameters=sum(each.numel() for each in decoder.parameters()) - sum(map(Tensor.numel, looked_up)),
+        num_layers=config.num_hidden_layers,
+        attention_width=heads * (getattr(config, "head_dim", None) or config.hidden_size // heads),
+        hidden=head_weight(model).shape[1],
+        vocab=vocab_size,
+    )
 
 
 class RowModel(nn.Module):

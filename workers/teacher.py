@@ -27,8 +27,7 @@ from jaxtyping import Float
 from ray import ObjectRef
 from ray.actor import ActorHandle
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from trace_rl.batch import TeacherRequest, TeacherRows
 from trace_rl.config.roles import Model
@@ -38,7 +37,7 @@ from trace_rl.errors import CheckpointError, ModelError
 from trace_rl.flops import TransformerShape
 from trace_rl.states import states_array
 from trace_rl.token_layout import Packed, Padded, predicting_positions
-from trace_rl.workers.policy_model import final_hidden, head_weight, is_flash, load_policy
+from trace_rl.workers.policy_model import final_hidden, head_weight, is_flash, load_policy, transformer_shape
 from trace_rl.workers.waiting import wait_for
 
 _STATE_FILE = "teacher.safetensors"
@@ -249,21 +248,6 @@ class RayTeacher:
 
     def _wait(self, ref: Any, doing: str) -> Any:
         return wait_for(ref, self._timeout_s, "the teacher", doing)
-
-
-def transformer_shape(model: PreTrainedModel, vocab_size: int) -> TransformerShape:
-    """What a loaded model's work depends on, under a head of `vocab_size` rows."""
-    config = model.config.get_text_config()
-    decoder = model.get_decoder()
-    looked_up = (each.weight for each in decoder.modules() if isinstance(each, nn.Embedding))
-    heads = config.num_attention_heads
-    return TransformerShape(
-        num_layer_parameters=sum(each.numel() for each in decoder.parameters()) - sum(map(Tensor.numel, looked_up)),
-        num_layers=config.num_hidden_layers,
-        attention_width=heads * (getattr(config, "head_dim", None) or config.hidden_size // heads),
-        hidden=head_weight(model).shape[1],
-        vocab=vocab_size,
-    )
 
 
 def _length(request: TeacherRequest) -> int:

@@ -181,6 +181,9 @@ class Evaluation(Section):
     num_prompts: int = Field(64, ge=1)
     samples_per_prompt: int = Field(1, ge=1)
     temperature: float = Field(1.0, ge=0.01, le=2)
+    chat_template_kwargs: dict[str, Any] = {}
+    """On top of model.chat_template_kwargs for held-out prompts: a policy that trains without thinking can be judged
+    with it."""
 
 
 class Logging(Section):

@@ -158,6 +158,15 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _watch_sees_evaluations(self) -> RunConfig:
+        if self.watch.action == "stop" and not self.evaluation.every:
+            raise ValueError(
+                "watch.action is stop, but evaluation.every is 0, and a collapse is judged at evaluations only; set "
+                "evaluation.every above 0 or watch.action=warn"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _micro_batch_holds_a_sequence(self) -> RunConfig:
         if self.learner.max_tokens_per_micro_batch < self.max_sequence_tokens:
             raise ValueError(

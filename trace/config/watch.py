@@ -18,7 +18,8 @@ class CollapseWatch(Section):
     """
 
     action: Literal["off", "warn", "stop"] = "warn"
-    """`off`: do not watch; `warn`: say so at the evaluation that shows the pattern; `stop`: end the run there."""
+    """`off`: do not watch; `warn`: say so at the evaluation that shows the pattern; `stop`: end the run there.
+    Without evaluations (evaluation.every = 0) nothing is ever said, so `stop` is refused then."""
     window: int = Field(10, ge=1)
     """Steps that are averaged: the first so many are the reference, the last so many the present; nothing is said
     before there are twice as many."""
