@@ -355,9 +355,10 @@ def test_a_rank_without_sequences_scores_nothing(groups: dict[int, Group], model
 
 
 def reference_gradient_parts(model_path: str, item: TrainingBatch) -> dict[str, float]:
-    """The two parts of the gradient by plain torch."""
+    """The two parts of the gradient by plain torch, and that of routed tokens of completions without an advantage."""
     model = load(model_path)
     parts = [sum(each) for each in zip(*(reference_parts(model, s) for s in item.sequences), strict=True)]
+    parts.append(sum(reference_parts(model, s)[1] for s in item.sequences if not s.advantages.any()))
     flat = []
     for part in parts:
         model.zero_grad()
@@ -365,7 +366,12 @@ def reference_gradient_parts(model_path: str, item: TrainingBatch) -> dict[str, 
         flat.append(torch.cat([parameter.grad.double().flatten() for parameter in model.parameters()]))
     norms = [float(each.norm()) for each in flat]
     cosine = float(flat[0] @ flat[1]) / (norms[0] * norms[1])
-    return {"policy_grad_norm": norms[0], "routed_grad_norm": norms[1], "cosine": cosine}
+    return {
+        "policy_grad_norm": norms[0],
+        "routed_grad_norm": norms[1],
+        "routed_grad_norm_without_advantage": norms[2],
+        "cosine": cosine,
+    }
 
 
 @pytest.mark.parametrize(
@@ -383,9 +389,11 @@ def test_gradient_parts_are_those_of_plain_autograd_and_leave_no_trace(
     expected_weights = group.weights()
 
     group.build(spec)
-    found = group.all("call", "gradient_parts", BATCHES[0])
-    expected = reference_gradient_parts(model_path, BATCHES[0])
+    silent = with_advantage(BATCHES[0], 1, 0.0)  # a routed one
+    found = group.all("call", "gradient_parts", silent)
+    expected = reference_gradient_parts(model_path, silent)
     assert expected["policy_grad_norm"] > 1e-3 < expected["routed_grad_norm"] and abs(expected["cosine"]) > 1e-3
+    assert 1e-3 < expected["routed_grad_norm_without_advantage"] != pytest.approx(expected["routed_grad_norm"])
     for part in found:  # the same on every rank
         assert part == pytest.approx(expected, rel=1e-4, abs=1e-6)
     reports = group.train(BATCHES[:1])
@@ -400,4 +408,5 @@ def test_gradient_parts_without_routed_rows(groups: dict[int, Group], model_path
     group = groups[2].build(learner_spec(run_config(model_path, world_size=2)))
     (found, _), (report, *_) = group.all("call", "gradient_parts", plain), group.train([plain])
     assert found["policy_grad_norm"] == pytest.approx(report.grad_norms[0], rel=1e-5)
-    assert found["routed_grad_norm"] == found["cosine"] == 0.0
+    assert found["routed_grad_norm"] == found["routed_grad_norm_without_advantage"] == 0.0
+    assert "cosine" not in found  # of nothing there is no direction

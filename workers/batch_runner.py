@@ -20,7 +20,7 @@ from trace_rl.batch import TokenStatistics, TrainingBatch, TrainingSequence
 from trace_rl.config.learner import LearnerSettings
 from trace_rl.errors import TrainingError
 from trace_rl.head_loss import Projection, head_logprobs, head_loss, head_statistics
-from trace_rl.objective import Objective, merge_sums
+from trace_rl.objective import LossRows, Objective, merge_sums
 from trace_rl.packing import (
     MicroBatch,
     Plan,
@@ -140,38 +140,45 @@ class BatchRunner:
     def gradient_parts(self, batch: TrainingBatch) -> dict[str, float]:
         """Norms of the gradients of the policy-gradient and the routed part of the loss, and the cosine between them.
 
-        Takes two float32 copies of the gradient; not for ZeRO-3, whose parameters are never whole.
+        The routed part is told apart by sequences with and without an advantage: those of groups whose rewards are all
+        equal learn from nothing else (arXiv:2605.10194, proposition 5). Without one of both parts there is no cosine.
+
+        Takes three float32 copies of the gradient; not for ZeRO-3, whose parameters are never whole.
         """
         self._check_batch(batch)
         parameters = [parameter for parameter in self._engine.module.parameters() if parameter.requires_grad]
-        policy, routed = (
-            [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters] for _ in range(2)
+        policy, routed, silent = (
+            [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters] for _ in range(3)
         )
-        for micro_batch in self._pack(batch.sequences, self._plan(batch.sequences)):
-            rows = micro_batch.rows
-            parts = [
-                (policy, replace(rows, route_weight=torch.zeros_like(rows.route_weight))),
-                (routed, replace(rows, pg_weight=torch.zeros_like(rows.pg_weight))),
-            ]
-            for total, weighted in parts:
-                # past the engine, whose hooks would take this for the backward pass of a step
-                loss, _ = self._engine.module(replace(micro_batch, rows=weighted).to(self._device), self._loss(None))
-                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-                for into, gradient in zip(total, gradients, strict=True):
-                    if gradient is not None:
-                        into += gradient
-        for gradient in (*policy, *routed):
+        of_kind = {True: routed, False: silent}
+        for has_advantage, into in of_kind.items():
+            sequences = [item for item in batch.sequences if bool(np.any(item.advantages)) == has_advantage]
+            for micro_batch in self._pack(sequences, self._plan(sequences)) if sequences else ():
+                rows = micro_batch.rows
+                self._add_gradient(micro_batch, replace(rows, route_weight=0 * rows.route_weight), parameters, policy)
+                self._add_gradient(micro_batch, replace(rows, pg_weight=0 * rows.pg_weight), parameters, into)
+        for gradient in (*policy, *routed, *silent):
             torch.distributed.all_reduce(gradient)
-        dots = [
-            sum(float((a * b).sum(dtype=torch.float64)) for a, b in zip(left, right, strict=True))
-            for left, right in ((policy, policy), (routed, routed), (policy, routed))
-        ]
-        norms = float(np.sqrt(dots[0])), float(np.sqrt(dots[1]))
-        return {
-            "policy_grad_norm": norms[0],
-            "routed_grad_norm": norms[1],
-            "cosine": dots[2] / (norms[0] * norms[1]) if min(norms) > 0 else 0.0,
+        silent_norm = np.sqrt(_dot(silent, silent))
+        for all_of_it, part in zip(routed, silent, strict=True):
+            all_of_it += part
+        norms = np.sqrt(_dot(policy, policy)), np.sqrt(_dot(routed, routed))
+        found = {
+            "policy_grad_norm": float(norms[0]),
+            "routed_grad_norm": float(norms[1]),
+            "routed_grad_norm_without_advantage": float(silent_norm),
         }
+        return found | ({"cosine": float(_dot(policy, routed) / (norms[0] * norms[1]))} if min(norms) > 0 else {})
+
+    def _add_gradient(
+        self, micro_batch: MicroBatch, rows: LossRows, parameters: Sequence[Tensor], into: Sequence[Tensor]
+    ) -> None:
+        # past the engine, whose hooks would take this for the backward pass of a step
+        loss, _ = self._engine.module(replace(micro_batch, rows=rows).to(self._device), self._loss(None))
+        gradients = torch.autograd.grad(loss, list(parameters), allow_unused=True)
+        for total, gradient in zip(into, gradients, strict=True):
+            if gradient is not None:
+                total += gradient
 
     def logprobs(self, sequences: Sequence[TrainingSequence], temperature: float) -> list[Float[np.ndarray, " time"]]:
         """Log-probs of the response tokens of each sequence under the weights as they are; the same on every rank."""
@@ -291,6 +298,10 @@ class BatchRunner:
             raise TrainingError(
                 f"{where}: the loss is not finite on learner rank {ranks}; the optimizer step was not taken"
             )
+
+
+def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    return sum(float((a * b).sum(dtype=torch.float64)) for a, b in zip(left, right, strict=True))
 
 
 def _split_by_sequence(

@@ -11,6 +11,7 @@ trusted is written to `dumps/` of the run folder before the error goes on.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,8 @@ from trace_rl.workers.batch_runner import StepReport
 from trace_rl.workers.learner_rank import LearnerRank, LearnerSpec
 from trace_rl.workers.waiting import first_cause, worker_error
 from trace_rl.workers.weight_sender import TransferGroup, WeightManifest, transfer_backend
+
+logger = logging.getLogger(__name__)
 
 _BLAME_GRACE_S = 5.0
 """How long to look for a dead rank after the first error; its peers often complain before Ray knows."""
@@ -83,6 +86,11 @@ class DeepSpeedLearner:
 
     def __init__(self, config: RunConfig, run_folder: Path, actor_options: Mapping[str, Any] | None = None) -> None:
         self._spec = learner_spec(config)
+        if config.logging.diagnostics_every and config.learner.zero_stage == 3:
+            logger.warning(
+                "Norms and cosine of the parts of the gradient, and the exposure that adds them up, are left out "
+                "(logging.diagnostics_every): ZeRO-3 never has a whole gradient"
+            )
         self._dumps = run_folder / "dumps"
         self._step_timeout_s = config.placement.step_timeout_s
         self._start_timeout_s = config.placement.start_timeout_s

@@ -194,9 +194,10 @@ class Logging(Section):
     """Steps between stored samples of rollouts; 0: never."""
     rollouts_per_step: int = Field(16, ge=1)
     diagnostics_every: int = Field(0, ge=0)
-    """Steps between measured steps (cosine between the two parts of the gradient, one-step lift), while routes are
-    active; 0: never. A measured step takes two more forward passes, one more backward pass, and the memory of two
-    float32 gradients; under ZeRO-3 the cosine is left out."""
+    """Steps between measured steps (norms of the two parts of the gradient and their cosine, one-step lift), while
+    routes are active; 0: never. A measured step takes two more forward passes, two more backward passes, and the
+    memory of three float32 gradients. Under ZeRO-3 all that is left out but the lift, the exposure's sum of norms
+    too."""
 
 
 class Run(Section):
