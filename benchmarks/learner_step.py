@@ -1,0 +1,343 @@
+"""What a step of the learner costs: seconds, throughput, padding and memory, by layout and share of routed tokens.
+
+    python benchmarks/learner_step.py [--preset demo] [--out benchmarks/results]
+
+One DeepSpeed engine in this process takes optimizer steps on random sequences in groups, as a run would hand them over.
+First the gradient of a small batch is compared with float64, and the script stops if it is off. Then all cases take
+turns, so that noise hits all alike. A ratio is the median over turns of a case's seconds divided by those of padded
+sequences without routes in the same turn. The share of the roof is that of a large matrix product measured on the spot;
+work is counted without padding and recomputation (`trace_rl.flops`), three forward passes a step.
+"""
+
+from __future__ import annotations
+
+import datetime
+import resource
+import statistics
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from report import describe_machine, one_line, publish
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from trace_rl.batch import RolloutKey, TrainingBatch, TrainingSequence
+from trace_rl.config.run import RunConfig
+from trace_rl.objective import objective_of
+from trace_rl.states import states_array
+from trace_rl.tasks.arithmetic import base_model_path
+from trace_rl.token_layout import Layout, Packed, Padded
+from trace_rl.workers import environment
+
+PACKAGES = ("torch", "deepspeed", "transformers", "flash-attn")
+SHARES = (0.0, 0.05, 0.1, 0.25, 1.0)
+BASE = ("padded", 0.0)
+BOUND = {"float32": 1e-4, "bfloat16": 5e-2}
+"""Largest relative error of the gradient norm; most of it is that of the model's layers, not of the loss."""
+CHECKED_SEQUENCES = 8
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model, and the sequences of a step."""
+
+    config: dict[str, int] | None
+    """Of a random Qwen3 model; None: the base model of the arithmetic task."""
+    num_prompts: int
+    prompt_tokens: int
+    response_tokens: int
+    """On average; lengths vary by half of it in both directions."""
+    max_tokens: int
+    dtype: str = "bfloat16"
+    gradient_checkpointing: bool = True
+
+
+def _qwen3(hidden: int, intermediate: int) -> dict[str, int]:
+    return {
+        "vocab_size": 151936,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    }
+
+
+PRESETS = {
+    "demo": Preset(None, 8, 39, 62, 2048, "float32", gradient_checkpointing=False),
+    "gpu-0.6b": Preset(_qwen3(1024, 3072), 8, 256, 1500, 16384),
+    "gpu-1.7b": Preset(_qwen3(2048, 6144), 8, 256, 1500, 16384),
+}
+"""`demo`: lengths of the demo's own prompts and responses. The others are the shapes of Qwen3 0.6B and 1.7B."""
+
+
+def make_model(preset: Preset, folder: Path) -> Path:
+    """Folder of the preset's model; a random one is written to `folder`."""
+    if preset.config is None:
+        return base_model_path()
+    torch.manual_seed(0)
+    config = Qwen3Config(**preset.config, tie_word_embeddings=True, max_position_embeddings=40960)
+    AutoModelForCausalLM.from_config(config, dtype=getattr(torch, preset.dtype)).save_pretrained(folder)
+    return folder
+
+
+def run_config(preset: Preset, path: Path) -> RunConfig:
+    """GRPO with forward KL, unclipped so that the check is short; the batch decides which tokens take it."""
+    route = {"selector": {"tokens": "all"}, "action": {"type": "fkl", "clip": {"mode": "none"}}}
+    return RunConfig.model_validate(
+        {
+            "model": {"path": str(path), "dtype": preset.dtype},
+            "data": {"path": "unused"},
+            "sampling": {
+                "max_prompt_tokens": preset.prompt_tokens,
+                "max_response_tokens": 2 * preset.response_tokens,
+            },
+            "algorithm": {"routes": {"key": route}},
+            "learner": {
+                "max_tokens_per_micro_batch": preset.max_tokens,
+                "gradient_checkpointing": preset.gradient_checkpointing,
+            },
+        }
+    )
+
+
+def make_batch(preset: Preset, share: float, hidden: int, vocab: int, seed: int) -> TrainingBatch:
+    """Groups of 8 random completions; `share` of the response tokens of every completion is routed."""
+    random = np.random.default_rng(seed)
+    count = 8 * preset.num_prompts
+    sequences = []
+    for number in range(count):
+        if number % 8 == 0:
+            prompt = tuple(random.integers(0, vocab, preset.prompt_tokens).tolist())
+        time_ = int(random.integers(preset.response_tokens // 2, 3 * preset.response_tokens // 2 + 1))
+        rows = round(share * time_)
+        states = torch.from_numpy(random.standard_normal((rows, hidden), dtype=np.float32))
+        sequences.append(
+            TrainingSequence(
+                key=RolloutKey(f"p{number // 8}", number % 8),
+                prompt_token_ids=prompt,
+                token_ids=tuple(random.integers(0, vocab, time_).tolist()),
+                rollout_logprobs=np.full(time_, -np.log(vocab), dtype=np.float32),
+                advantages=np.full(time_, random.normal(), dtype=np.float32),
+                pg_weight=np.full(time_, 1 / (count * time_), dtype=np.float32),
+                route_positions=np.sort(random.choice(time_, rows, replace=False)),
+                route_index=np.zeros(rows, dtype=np.int64),
+                route_weight=np.full(rows, 0.5 / (count * time_), dtype=np.float32),
+                teacher_row=np.arange(rows),
+                teacher_hidden=states_array(states.to(getattr(torch, preset.dtype))),
+            )
+        )
+    return TrainingBatch(0, 0, tuple(sequences))
+
+
+class Learner:
+    """One engine, and a runner of batches for each layout over it."""
+
+    def __init__(self, preset: Preset, path: Path) -> None:
+        from torch.distributed import TCPStore
+
+        from trace_rl.workers import deepspeed_engine
+        from trace_rl.workers.batch_runner import BatchRunner
+        from trace_rl.workers.policy_model import RowModel, head_weight, is_flash, load_policy, transformer_shape
+        from trace_rl.workers.ranks import Ranks
+
+        config = run_config(preset, path)
+        store = TCPStore("127.0.0.1", 0, 1, is_master=True)
+        deepspeed_engine.join_process_group(store, 0, 1, timeout_s=600)
+        self.device = deepspeed_engine.device()
+        policy = load_policy(config.model, self.device)
+        if preset.gradient_checkpointing:
+            policy.gradient_checkpointing_enable({"use_reentrant": False})
+        self.attention = str(policy.config._attn_implementation)
+        self.shape = transformer_shape(policy, len(head_weight(policy)))
+        self.head = torch.randn(self.shape.vocab, self.shape.hidden, generator=torch.Generator().manual_seed(1))
+        engine = deepspeed_engine.build_engine(RowModel(policy), config.learner, preset.dtype == "bfloat16", 1000)
+        engine.train()
+        objective = objective_of(config.algorithm, 1.0)
+        # without flash attention a packed row costs the square of its length
+        layouts: dict[str, Layout] = {"padded": Padded()} | ({"packed": Packed()} if is_flash(policy) else {})
+        self.runners = {
+            name: BatchRunner(engine, config.learner, objective, Ranks(0, 1), layout, self.device)
+            for name, layout in layouts.items()
+        }
+        for runner in self.runners.values():
+            runner.set_teacher_head(self.head.to(self.device, getattr(torch, preset.dtype)))
+
+    def synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def check(learner: Learner, preset: Preset, path: Path, seed: int) -> dict[str, float]:
+    """Relative error of each layout's gradient norm against plain torch in float64, on a few sequences.
+
+    The learning rate is that of the presets, 1e-6: the steps of the check leave the weights where they were, up to it.
+
+    Raises:
+        SystemExit: one is off by more than its bound.
+    """
+    batch = make_batch(preset, 0.25, learner.shape.hidden, learner.shape.vocab, seed)
+    few = TrainingBatch(0, 0, batch.sequences[:CHECKED_SEQUENCES])
+    exact = exact_norm(path, learner, preset, few)
+    errors = {}
+    for name, runner in learner.runners.items():
+        errors[name] = abs(runner.train_step(few).grad_norms[0] - exact) / exact
+        if not errors[name] <= BOUND[preset.dtype]:
+            raise SystemExit(f"the gradient norm of {name} sequences is off by {errors[name]:.2e} of itself")
+    return errors
+
+
+def exact_norm(path: Path, learner: Learner, preset: Preset, batch: TrainingBatch) -> float:
+    """Norm of the gradient of -sum w A log p + sum v KL(q || p), one sequence at a time, without any of our losses."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).to(learner.device)
+    head = learner.head.to(getattr(torch, preset.dtype)).double().to(learner.device)
+    for item in batch.sequences:
+        ids = torch.tensor([item.prompt_token_ids + item.token_ids], device=learner.device)
+        logprobs = model(input_ids=ids).logits[0, len(item.prompt_token_ids) - 1 : -1].log_softmax(-1)
+        own = logprobs[range(len(item.token_ids)), list(item.token_ids)]
+        weights = torch.from_numpy(item.pg_weight * item.advantages).double().to(learner.device)
+        states = torch.from_numpy(np.asarray(_as_floats(item.teacher_hidden))).double().to(learner.device)
+        taught = (states @ head.T).log_softmax(-1)
+        kl = F.kl_div(logprobs[item.route_positions], taught, reduction="none", log_target=True).sum(-1)
+        routed = torch.from_numpy(item.route_weight).double().to(learner.device)
+        (-(weights * own).sum() + (routed * kl).sum()).backward()
+    return float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+
+
+def _as_floats(states: np.ndarray) -> np.ndarray:
+    from trace_rl.states import states_tensor
+
+    return states_tensor(states).float().numpy()
+
+
+def measure(learner: Learner, preset: Preset, repeats: int, seed: int) -> list[dict[str, Any]]:
+    """Seconds, throughput and padding of every layout at every share of routed tokens."""
+    shape = learner.shape
+    batches = {share: make_batch(preset, share, shape.hidden, shape.vocab, seed) for share in SHARES}
+    cases = [(layout, share) for layout in learner.runners for share in SHARES]
+    seconds: dict[tuple[str, float], list[float]] = {case: [] for case in cases}
+    padding = {}
+    for turn in range(repeats + 1):
+        for layout, share in cases:
+            learner.synchronise()
+            start = time.perf_counter()
+            report = learner.runners[layout].train_step(batches[share])
+            learner.synchronise()
+            padding[layout, share] = report.padding_frac
+            if turn:  # the first one warms caches
+                seconds[layout, share].append(time.perf_counter() - start)
+    roof = matmul_flops(learner, preset)
+    results = []
+    for layout, share in cases:
+        own = seconds[layout, share]
+        sequences = batches[share].sequences
+        lengths = [len(item.prompt_token_ids) + len(item.token_ids) for item in sequences]
+        rows = sum(len(item.token_ids) for item in sequences)
+        work = 3 * (sum(shape.forward_flops(length, 0) for length in lengths) + shape.forward_flops(0, rows))
+        median = statistics.median(own)
+        results.append(
+            {
+                "layout": layout,
+                "share": share,
+                "seconds": median,
+                "ratio": statistics.median(mine / base for mine, base in zip(own, seconds[BASE], strict=True)),
+                "tokens_per_s": sum(lengths) / median,
+                "roof_frac": work / median / roof,
+                "padding_frac": padding[layout, share],
+            }
+        )
+    return results
+
+
+def matmul_flops(learner: Learner, preset: Preset, size: int = 4096) -> float:
+    """Operations per second of a large matrix product in the model's precision: the median of five."""
+    left = torch.randn(size, size, device=learner.device, dtype=getattr(torch, preset.dtype))
+    times = []
+    for _ in range(6):
+        learner.synchronise()
+        start = time.perf_counter()
+        left @ left
+        learner.synchronise()
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(times[1:])
+
+
+def run_preset(preset: Preset, repeats: int, seed: int) -> dict[str, Any]:
+    """Everything that the report says of one size."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = make_model(preset, Path(folder))
+        learner = Learner(preset, path)
+        errors = check(learner, preset, path, seed)
+        results = measure(learner, preset, repeats, seed)
+    is_cuda = learner.device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if is_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        **asdict(preset),
+        "attention": learner.attention,
+        "errors": errors,
+        "results": results,
+        "peak_memory_mib": peak / 2**20,
+    }
+
+
+def to_markdown(report: dict[str, Any]) -> str:
+    found = report["result"]
+    lines = ["# A step of the learner", "", f"`{report['command']}`, {report['date']}, seed {report['seed']}", ""]
+    lines += [f"On {one_line(report['machine'])}.", ""]
+    lines += [
+        f"Preset {report['preset']}, {found['dtype']}, attention {found['attention']}: {8 * found['num_prompts']} "
+        f"sequences of {found['prompt_tokens']} + about {found['response_tokens']} tokens; peak memory "
+        f"{found['peak_memory_mib']:.0f} MiB. Relative error of the gradient norm against float64: "
+        + ", ".join(f"{name} {error:.1e}" for name, error in found["errors"].items())
+        + ".",
+        "",
+        "| layout | routed | seconds | ratio | tokens/s | share of the matmul roof | padding |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {row['layout']} | {row['share']:.0%} | {row['seconds']:.3g} | {row['ratio']:.2f} | "
+        f"{row['tokens_per_s']:.0f} | {row['roof_frac']:.0%} | {row['padding_frac']:.1%} |"
+        for row in found["results"]
+    ]
+    if report["left_out"]:
+        lines += ["", *(f"- not yet measured: {name} ({why})" for name, why in report["left_out"].items())]
+    return "\n".join(lines) + "\n"
+
+
+def main(
+    preset: Annotated[str, typer.Option(help=f"Of {', '.join(PRESETS)}.")] = "demo",
+    repeats: Annotated[int, typer.Option(min=1, help="Turns that are timed.")] = 7,
+    seed: Annotated[int, typer.Option(help="Of the sequences.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder for the JSON and the Markdown.")] = None,
+) -> None:
+    """Check, measure, print, and write where --out says."""
+    if preset not in PRESETS:
+        raise typer.BadParameter(f"no preset {preset}; there are {', '.join(PRESETS)}")
+    has_gpu = torch.cuda.is_available()
+    if preset.startswith("gpu") and not has_gpu:
+        raise typer.BadParameter(f"preset {preset} needs a GPU, and torch sees none")
+    left_out = {} if has_gpu else {name: "no GPU" for name in PRESETS if name.startswith("gpu")}
+    report = {
+        "command": f"python benchmarks/learner_step.py --preset {preset} --repeats {repeats} --seed {seed}",
+        "date": datetime.date.today().isoformat(),
+        "seed": seed,
+        "preset": preset,
+        "machine": describe_machine(PACKAGES) | {"threads": torch.get_num_threads()},
+        "result": run_preset(PRESETS[preset], repeats, seed),
+        "left_out": left_out,
+    }
+    publish(f"learner_step_{preset}", report, to_markdown(report), out)
+
+
+if __name__ == "__main__":
+    environment.apply()
+    if not environment.has_gpu():
+        torch.set_num_threads(1)  # as in a run
+    typer.run(main)
