@@ -22,7 +22,8 @@ from trace_rl.loop import Roles
 from trace_rl.off_policy import MixedGenerator, SolutionGenerator, TeacherGenerator
 from trace_rl.protocols import Annotator, Generator, Teacher
 from trace_rl.workers.annotator import OracleAnnotator, RayAnnotator, detokenizer_of
-from trace_rl.workers.generator import GeneratorEngine, VllmGenerator
+from trace_rl.workers.generator import VllmGenerator
+from trace_rl.workers.generator_engine import GeneratorEngine
 from trace_rl.workers.learner import DeepSpeedLearner
 from trace_rl.workers.rewarder import MAX_CONCURRENT_CALLS, MathRewarder, RayGrader
 from trace_rl.workers.teacher import RayTeacher, TeacherModel

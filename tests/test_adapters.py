@@ -16,7 +16,7 @@ from trace_rl.config.learner import Lora
 from trace_rl.config.roles import GeneratorSettings, Model, Sync
 from trace_rl.errors import ConfigError
 from trace_rl.workers.adapters import Adapter
-from trace_rl.workers.generator import GeneratorEngine
+from trace_rl.workers.generator_engine import GeneratorEngine
 from trace_rl.workers.learner import learner_spec
 from trace_rl.workers.weight_sync import ProvenWeightSync
 from trace_rl.workers.weight_transport import AdapterObjects

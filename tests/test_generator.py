@@ -14,7 +14,8 @@ from trace_rl.batch import Prompt, Rollout, RolloutRequest
 from trace_rl.config.roles import GeneratorSettings, Model
 from trace_rl.errors import WeightSyncError, WorkerError
 from trace_rl.protocols import Decoding
-from trace_rl.workers.generator import GeneratorEngine, VllmGenerator, split_by_prompt
+from trace_rl.workers.generator import VllmGenerator, split_by_prompt
+from trace_rl.workers.generator_engine import GeneratorEngine
 
 DECODING = Decoding(temperature=0.7)
 MAX_TOKENS = 24

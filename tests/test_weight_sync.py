@@ -16,7 +16,8 @@ from trace_rl.config.roles import GeneratorSettings, Model, Placement, Resources
 from trace_rl.errors import WeightSyncError
 from trace_rl.protocols import Decoding
 from trace_rl.workers import weight_sender
-from trace_rl.workers.generator import GeneratorEngine, VllmGenerator, WeightReceipt
+from trace_rl.workers.generator import VllmGenerator
+from trace_rl.workers.generator_engine import GeneratorEngine, WeightReceipt
 from trace_rl.workers.weight_sender import (
     GlooGroup,
     TransferGroup,

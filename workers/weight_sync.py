@@ -45,7 +45,7 @@ class ProvenWeightSync:
     """Implements `trace_rl.protocols.WeightSync` between one learner and its engines.
 
     Args:
-        engines: actor handles of `trace_rl.workers.generator.GeneratorEngine`, in the order of their index.
+        engines: actor handles of `trace_rl.workers.generator_engine.GeneratorEngine`, in the order of their index.
         canary: token sequences of at least 2 tokens each, scored after every sync (`canary_sequences`).
     """
 
