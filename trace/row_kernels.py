@@ -9,17 +9,17 @@ Invariants: each row is computed for itself; numbers are float32, or float64 whe
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from trace_rl.actions import RoutedRows, RowAction
 
-_BLOCK_ELEMENTS = 2**21
-"""Logits per block: 8 MiB in float32."""
+_BLOCK_ELEMENTS = 2**18
+"""Logits per block: 1 MiB in float32."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,37 @@ class TokenRows:
 
 
 @dataclass(frozen=True)
+class RouteEntries:
+    """The rows of a tile that one route takes, and what it needs of them beside the policy's logits."""
+
+    index: Int[Tensor, " entry"]
+    """Which row of the tile."""
+    teacher_logits: Float[Tensor, "entry vocab"]
+    """Before any temperature; no rows where the action reads no teacher."""
+    targets: Int[Tensor, " entry"]
+    temperature: float
+    ratio: Float[Tensor, " entry"]
+    """See `trace_rl.actions.RoutedRows`."""
+    weights: Float[Tensor, " entry"]
+
+    def gathered(self, logits: Float[Tensor, "row vocab"], start: int, end: int) -> RoutedRows:
+        """The entries [start, end) with a copy of their rows of the tile."""
+        return RoutedRows(
+            policy_logits=logits[self.index[start:end]],
+            teacher_logits=self.teacher_logits[start:end],
+            targets=self.targets[start:end],
+            temperature=self.temperature,
+            ratio=self.ratio[start:end],
+        )
+
+
+@dataclass(frozen=True)
 class RouteRows:
     """What an action says of each of its rows; detached. See `trace_rl.actions.RowTerms`."""
 
     loss: Float[Tensor, " row"]
     unclipped: Float[Tensor, " row"]
-    is_clipped: Bool[Tensor, " row"]
+    num_clipped_terms: Float[Tensor, " row"]
     clipped_teacher_mass: Float[Tensor, " row"]
     teacher_entropy: Float[Tensor, " row"]
     """At the route's temperature; no rows where the action reads no teacher."""
@@ -72,12 +97,16 @@ class RowKernels(Protocol):
         """
 
     def route_gradient(
-        self, action: RowAction, rows: RoutedRows, weights: Float[Tensor, " row"], into: Float[Tensor, "row vocab"]
+        self,
+        action: RowAction,
+        logits: Float[Tensor, "row vocab"],
+        entries: RouteEntries,
+        into: Float[Tensor, "entry vocab"],
     ) -> RouteRows:
-        """Terms of an action, and their gradient times `weights` with respect to the policy's logits.
+        """Terms of an action at some rows of a tile, and their weighted gradient with respect to the policy's logits.
 
         Args:
-            rows: with no tensor that carries a gradient.
+            logits: of the policy, before any temperature; detached and only read.
             into: receives the gradient; may be the teacher's logits, which are lost then.
         """
 
@@ -120,23 +149,27 @@ class TorchKernels:
         return logits.to(dtype)
 
     def route_gradient(
-        self, action: RowAction, rows: RoutedRows, weights: Float[Tensor, " row"], into: Float[Tensor, "row vocab"]
+        self,
+        action: RowAction,
+        logits: Float[Tensor, "row vocab"],
+        entries: RouteEntries,
+        into: Float[Tensor, "entry vocab"],
     ) -> RouteRows:
         found = []
         for start, end in blocks(into):
-            part = _part(rows, start, end)
+            rows = entries.gathered(logits, start, end)
             with torch.enable_grad():
-                live = replace(part, policy_logits=part.policy_logits.requires_grad_())
-                terms = action.terms(live)
-                weighted = (terms.loss * weights[start:end]).sum()
-                (gradient,) = torch.autograd.grad(weighted, live.policy_logits)
-            entropy, advantage = _teacher_rows(live)
+                rows.policy_logits.requires_grad_()
+                terms = action.terms(rows)
+                weighted = (terms.loss * entries.weights[start:end]).sum()
+                (gradient,) = torch.autograd.grad(weighted, rows.policy_logits)
+            entropy, advantage = _teacher_rows(rows)
             into[start:end] = gradient
             found.append(
                 (
                     terms.loss.detach(),
                     terms.unclipped.detach(),
-                    terms.is_clipped,
+                    terms.num_clipped_terms,
                     terms.clipped_teacher_mass.detach(),
                     entropy,
                     advantage,
@@ -150,16 +183,6 @@ def blocks(tile: Float[Tensor, "row vocab"]) -> Iterator[tuple[int, int]]:
     rows = max(1, _BLOCK_ELEMENTS // max(tile.shape[-1], 1))
     for start in range(0, len(tile), rows):
         yield start, min(start + rows, len(tile))
-
-
-def _part(rows: RoutedRows, start: int, end: int) -> RoutedRows:
-    return RoutedRows(
-        policy_logits=rows.policy_logits[start:end].detach(),
-        teacher_logits=rows.teacher_logits[start:end],
-        targets=rows.targets[start:end],
-        temperature=rows.temperature,
-        ratio=rows.ratio[start:end],
-    )
 
 
 @torch.no_grad()

@@ -22,10 +22,10 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from trace_rl.actions import RoutedRows, RowAction
+from trace_rl.actions import RowAction
 from trace_rl.divergences import Full
 from trace_rl.row_actions import Fkl, Jsd, Rkl
-from trace_rl.row_kernels import RouteRows, TokenRows, TorchKernels
+from trace_rl.row_kernels import RouteEntries, RouteRows, TokenRows, TorchKernels
 
 _FORWARD, _REVERSE, _JENSEN_SHANNON = range(3)
 _CLIPS = {"none": 0, "vocab_clamp": 1, "token_clamp": 2, "token_rescale": 3}
@@ -110,6 +110,7 @@ def _terms(log_p, log_q, log_beta, log_rest, beta, KIND: tl.constexpr):
 def _divergence_kernel(
     policy,
     policy_stride,
+    index,
     teacher,
     teacher_stride,
     into,
@@ -133,7 +134,7 @@ def _divergence_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
-    own = policy + row.to(tl.int64) * policy_stride
+    own = policy + tl.load(index + row) * policy_stride
     other = teacher + row.to(tl.int64) * teacher_stride
     place = into + row.to(tl.int64) * into_stride
 
@@ -185,21 +186,21 @@ def _divergence_kernel(
 
     factor = tl.load(factors + row)
     scale = 1.0
-    is_over = 0.0
     bounded = value
     if CLIP == 1:
         bounded = kept
-        is_over = tl.where(clipped_terms > 0, 1.0, 0.0)
     if CLIP == 2:
         is_over = tl.where(value > threshold, 1.0, 0.0)
         bounded = tl.minimum(value, threshold)
         scale = 1.0 - is_over
         clipped_mass = is_over
+        clipped_terms = is_over
     if CLIP == 3:
         is_over = tl.where(value > threshold, 1.0, 0.0)
         scale = tl.where(value > threshold, threshold / value, 1.0)
         bounded = value * scale
         clipped_mass = is_over
+        clipped_terms = is_over
 
     # before the teacher's logits are overwritten
     target = tl.load(targets + row)
@@ -209,7 +210,7 @@ def _divergence_kernel(
     tl.store(teacher_entropy + row, disorder)
     tl.store(loss + row, bounded)
     tl.store(unclipped + row, value)
-    tl.store(clipped + row, is_over)
+    tl.store(clipped + row, clipped_terms)
     tl.store(mass + row, clipped_mass)
     tl.debug_barrier()
 
@@ -277,28 +278,40 @@ class TritonKernels:
         return gradient
 
     def route_gradient(
-        self, action: RowAction, rows: RoutedRows, weights: Float[Tensor, " row"], into: Float[Tensor, "row vocab"]
+        self,
+        action: RowAction,
+        logits: Float[Tensor, "row vocab"],
+        entries: RouteEntries,
+        into: Float[Tensor, "entry vocab"],
     ) -> RouteRows:
         if not _has_kernel(action):
-            return TorchKernels().route_gradient(action, rows, weights, into)
+            return TorchKernels().route_gradient(action, logits, entries, into)
         assert isinstance(action, Fkl | Rkl | Jsd)
         kind, beta = _kind(action)
-        importance = action.importance(rows.ratio).float()
+        importance = action.importance(entries.ratio).float()
         count, vocab = into.shape
-        names = ("loss", "unclipped", "is_clipped", "clipped_teacher_mass", "teacher_entropy", "teacher_advantage")
+        names = (
+            "loss",
+            "unclipped",
+            "num_clipped_terms",
+            "clipped_teacher_mass",
+            "teacher_entropy",
+            "teacher_advantage",
+        )
         found = {name: into.new_empty(count, dtype=torch.float32) for name in names}
         _divergence_kernel[(count,)](
-            rows.policy_logits,
-            rows.policy_logits.stride(0),
-            rows.teacher_logits,
-            rows.teacher_logits.stride(0),
+            logits,
+            logits.stride(0),
+            entries.index,
+            entries.teacher_logits,
+            entries.teacher_logits.stride(0),
             into,
             into.stride(0),
-            rows.targets,
-            weights.float() * importance,
+            entries.targets,
+            entries.weights.float() * importance,
             *found.values(),
             vocab,
-            1 / rows.temperature,
+            1 / entries.temperature,
             action.clip.threshold,
             math.log(beta) if 0 < beta < 1 else 0.0,
             math.log1p(-beta) if 0 < beta < 1 else 0.0,
@@ -309,7 +322,7 @@ class TritonKernels:
             num_warps=8,
         )
         found["loss"] *= importance
-        return RouteRows(**{**found, "is_clipped": found["is_clipped"] > 0})
+        return RouteRows(**found)
 
 
 def _has_kernel(action: RowAction) -> bool:
