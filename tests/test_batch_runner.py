@@ -117,6 +117,24 @@ def test_a_rank_without_sequences_keeps_step(groups: dict[int, Group], model_pat
     assert gap(group.weights(), reference(model_path, single)[0]) <= TOLERANCE
 
 
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_ranks_with_and_without_spans_keep_step(groups: dict[int, Group], model_path: str, zero_stage: int) -> None:
+    # each rank has one sequence at a time: spans on one of them, on none, on both
+    pairs = [
+        TrainingBatch(step, step, BATCHES[0].sequences[slice(*ends)])
+        for step, ends in enumerate([(1, 3), (0, 3, 2), (1, 4, 2)])
+    ]
+    assert [[bool(len(s.route_positions)) for s in pair.sequences] for pair in pairs] == [
+        [True, False],
+        [False] * 2,
+        [True] * 2,
+    ]
+    config = run_config(model_path, world_size=2, zero_stage=zero_stage, max_tokens_per_micro_batch=32)
+    group = groups[2].build(learner_spec(config))
+    assert [report.num_micro_batches for report in group.train(pairs)] == [1, 1, 1]
+    assert gap(group.weights(), reference(model_path, pairs)[0]) <= TOLERANCE
+
+
 def test_untied_head_is_trained_under_zero_3(groups: dict[int, Group], untied_path: str) -> None:
     group = groups[2].build(learner_spec(run_config(untied_path, world_size=2, zero_stage=3)))
     group.train(BATCHES)
