@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from trace_rl.batch import RolloutKey, TrainingBatch, TrainingSequence
 from trace_rl.config.run import RunConfig
 from trace_rl.objective import objective_of
-from trace_rl.states import states_array
+from trace_rl.states import states_array, states_tensor
 from trace_rl.tasks.arithmetic import base_model_path
 from trace_rl.token_layout import Layout, Packed, Padded
 from trace_rl.workers import environment
@@ -203,18 +203,12 @@ def exact_norm(path: Path, learner: Learner, preset: Preset, batch: TrainingBatc
         logprobs = model(input_ids=ids).logits[0, len(item.prompt_token_ids) - 1 : -1].log_softmax(-1)
         own = logprobs[range(len(item.token_ids)), list(item.token_ids)]
         weights = torch.from_numpy(item.pg_weight * item.advantages).double().to(learner.device)
-        states = torch.from_numpy(np.asarray(_as_floats(item.teacher_hidden))).double().to(learner.device)
+        states = states_tensor(item.teacher_hidden).double().to(learner.device)
         taught = (states @ head.T).log_softmax(-1)
         kl = F.kl_div(logprobs[item.route_positions], taught, reduction="none", log_target=True).sum(-1)
         routed = torch.from_numpy(item.route_weight).double().to(learner.device)
         (-(weights * own).sum() + (routed * kl).sum()).backward()
     return float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
-
-
-def _as_floats(states: np.ndarray) -> np.ndarray:
-    from trace_rl.states import states_tensor
-
-    return states_tensor(states).float().numpy()
 
 
 def measure(learner: Learner, preset: Preset, repeats: int, seed: int) -> list[dict[str, Any]]:
