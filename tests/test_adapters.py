@@ -14,7 +14,7 @@ from torch import nn
 
 from trace_rl.config.learner import Lora
 from trace_rl.config.roles import GeneratorSettings, Model, Sync
-from trace_rl.errors import ConfigError
+from trace_rl.errors import CheckpointError, ConfigError
 from trace_rl.workers.adapters import Adapter
 from trace_rl.workers.generator_engine import GeneratorEngine
 from trace_rl.workers.learner import learner_spec
@@ -175,7 +175,19 @@ def test_engines_compute_with_the_adapters_of_each_version(
     assert np.abs(seen[1] - seen[0]).max() > 1e-3 and np.abs(seen[2] - seen[1]).max() > 1e-3
 
 
-def test_merged_weights_are_sent_where_the_config_says_so(groups: dict[int, Group], model_path: str) -> None:
+def test_merged_weights_are_sent_where_the_config_says_so(
+    groups: dict[int, Group], model_path: str, tmp_path: Path
+) -> None:
     group = groups[1].build(spec(model_path, {"sync": "merged"}))
     manifest = group.all("build", spec(model_path, {"sync": "merged"}), group._address)[0]
     assert manifest.names == tuple(dict(load(model_path).named_parameters()))
+    group.all("call", "save", str(tmp_path))
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    # how they were sent is no part of a checkpoint, their scale is
+    group.build(spec(model_path)).all("call", "load", str(tmp_path))
+    with pytest.raises(
+        CheckpointError, match=r"written with learner\.lora = .*'alpha': 6.* but this run has .*'alpha': 12"
+    ):
+        group.build(spec(model_path, {"alpha": 12})).all("call", "load", str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"but this run has None"):
+        group.build(learner_spec(run_config(model_path))).all("call", "load", str(tmp_path))

@@ -26,6 +26,7 @@ from trace_rl.config.algorithm import Algorithm
 from trace_rl.policy_gradients import PolicyGradient, PolicyRows, RolloutCorrection, mismatch_statistics
 
 _PER_TOKEN = ("targets", "sequence", "advantages", "rollout_logprobs", "pg_weight")
+_PER_ROUTED = ("route_index", "route_weight", "teacher_row")
 _ROUTE_MEANS = ("value", "clipped", "clipped_terms", "mass", "teacher_entropy", "teacher_advantage")
 """Sums of a route that `summarise` divides by its rows."""
 
@@ -75,9 +76,7 @@ class LossRows:
     def tokens(self, start: int, end: int) -> LossRows:
         """The constants of the tokens [start, end), without any route."""
         per_token = {name: getattr(self, name)[start:end] for name in _PER_TOKEN}
-        per_route = {
-            name: getattr(self, name)[:0] for name in ("route_row", "route_index", "route_weight", "teacher_row")
-        }
+        per_route = {name: getattr(self, name)[:0] for name in ("route_row", *_PER_ROUTED)}
         return LossRows(num_sequences=self.num_sequences, **per_token, **per_route)
 
     def where(self, is_kept: Bool[Tensor, " row"]) -> LossRows:
@@ -85,10 +84,10 @@ class LossRows:
         is_routed = is_kept[self.route_row]
         renumbered = is_kept.cumsum(0) - 1
         return replace(
-            self.tokens(0, 0),
-            **{name: getattr(self, name)[is_kept] for name in _PER_TOKEN},
+            self,
             route_row=renumbered[self.route_row[is_routed]],
-            **{name: getattr(self, name)[is_routed] for name in ("route_index", "route_weight", "teacher_row")},
+            **{name: getattr(self, name)[is_kept] for name in _PER_TOKEN},
+            **{name: getattr(self, name)[is_routed] for name in _PER_ROUTED},
         )
 
     def to(self, target: torch.device | torch.dtype) -> LossRows:

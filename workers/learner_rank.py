@@ -41,6 +41,8 @@ from trace_rl.workers.weight_sender import (
 if TYPE_CHECKING:
     import deepspeed
 
+    from trace_rl.workers.learner_weights import FullWeight
+
 
 @dataclass(frozen=True)
 class LearnerSpec:
@@ -108,8 +110,8 @@ class LearnerRank:
         self._runner = BatchRunner(self._engine, spec.settings, spec.objective, ranks, layout, self._device)
         self._gathered = learner_weights.gathered_buckets
         self._weights = learner_weights.model_weights(policy)
-        self._adapters = learner_weights.adapter_weights(policy) if spec.settings.sends_adapters else []
-        sent = self._adapters or self._weights
+        self._adapters = learner_weights.adapter_weights(policy)
+        sent = self._adapters if spec.settings.sends_adapters else self._weights
         self._manifest = WeightManifest.of((weight.name, weight.shape, weight.dtype) for weight in sent)
         return self._manifest
 
@@ -183,10 +185,7 @@ class LearnerRank:
         from trace_rl.workers import checkpoint
 
         self._refuse_after_failure("save its weights")
-        weights: dict[str, Tensor] = {}
-        for bucket in self._buckets():
-            if self._rank == 0:
-                weights |= {name: weight.to("cpu", copy=True) for name, weight in bucket}
+        weights = self._on_rank_0(self._weights)
         if self._rank == 0:
             checkpoint.write_policy(Path(folder), self._policy, weights, self._spec.model.path)
         if self._adapters:
@@ -208,22 +207,22 @@ class LearnerRank:
         return {
             "learner.world_size": settings.world_size,
             "learner.zero_stage": settings.zero_stage,
-            "learner.lora.rank": settings.lora.rank,
+            # how adapters are sent may change, what they are may not
+            "learner.lora": settings.lora.model_dump(mode="json", exclude={"sync"}) if settings.lora.rank else None,
             "model.dtype": self._spec.model.dtype,
         }
 
     def _adapter(self) -> Adapter:
         """The adapters, whole on rank 0 and without weights elsewhere."""
-        buckets = self._gathered(self._adapters, self._bucket_bytes)
-        whole = {name: weight.to("cpu", copy=True) for bucket in buckets for name, weight in bucket if self._rank == 0}
-        return Adapter(whole, adapter_config(self._policy))
+        return Adapter(self._on_rank_0(self._adapters), adapter_config(self._policy))
 
-    @property
-    def _bucket_bytes(self) -> int:
-        return self._spec.bucket_mib * 2**20
+    def _on_rank_0(self, weights: Sequence[FullWeight]) -> dict[str, Tensor]:
+        """Copies of full weights in CPU memory; collective, and empty on the other ranks."""
+        buckets = self._gathered(weights, self._spec.bucket_mib * 2**20)
+        return {name: weight.to("cpu", copy=True) for bucket in buckets for name, weight in bucket if self._rank == 0}
 
     def _buckets(self) -> Iterator[list[tuple[str, Tensor]]]:
-        return self._gathered(self._weights, self._bucket_bytes)
+        return self._gathered(self._weights, self._spec.bucket_mib * 2**20)
 
     def _connect_store(self, address: str, port: int) -> TCPStore:
         timeout = timedelta(seconds=self._spec.collective_timeout_s)

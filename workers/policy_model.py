@@ -118,22 +118,9 @@ def check_head(policy: PreTrainedModel, name: str, setting: str = "model.path") 
 
 def final_hidden(policy: PreTrainedModel, grid: TokenGrid) -> Float[Tensor, "batch time hidden"]:
     """Hidden states after the last norm: what the output head reads."""
-    decoder = policy.get_decoder()
-    if grid.runs:
-        # without a mask transformers tells sequences apart by their position ids
-        output = decoder(
-            input_ids=grid.input_ids,
-            position_ids=grid.position_ids,
-            use_cache=False,
-            **_run_borders(policy, grid),
-        )
-    else:
-        output = decoder(
-            input_ids=grid.input_ids,
-            attention_mask=grid.attention_mask,
-            position_ids=grid.position_ids,
-            use_cache=False,
-        )
+    # without a mask transformers tells sequences apart by their position ids
+    apart = _run_borders(policy, grid) if grid.runs else {"attention_mask": grid.attention_mask}
+    output = policy.get_decoder()(input_ids=grid.input_ids, position_ids=grid.position_ids, use_cache=False, **apart)
     return output.last_hidden_state
 
 
