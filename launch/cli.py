@@ -58,6 +58,43 @@ def show_config(arguments: Arguments) -> None:
         _fail(error)
 
 
+@app.command()
+def annotate(
+    rollouts: Annotated[Path, typer.Argument(help="Run folder, its folder rollouts/, or one JSONL file of it.")],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[FILE]... [KEY=VALUE]...", help="As for train; by default the run's own config.yaml."),
+    ] = None,
+    against: Annotated[
+        list[str] | None, typer.Option(metavar="BACKEND", help="Another annotator.backend to compare with, as YAML.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Record the replies in a file, for annotator.backend=replay.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=0, help="Annotate so many rollouts at most; 0: all of them.")] = 0,
+    estimate: Annotated[bool, typer.Option(help="Ask nothing; tell what a whole run would take.")] = False,
+) -> None:
+    """Annotate recorded rollouts: trace-rl annotate runs/demo annotator.backend=random --against oracle"""
+    console = Console()
+    try:
+        files, overrides = split_arguments(arguments or [])
+        files = files or [(rollouts if rollouts.is_dir() else rollouts.parent.parent) / "config.yaml"]
+        given = [*map(str, files), *overrides]
+        configs = [_load(given), *(_load([*given, f"annotator.backend={other}"]) for other in against or [])]
+        environment.protect_private_ray()
+        from trace_rl.launch import annotate as offline
+
+        recorded = offline.Recorded.read(rollouts, limit)
+        if estimate:
+            offline.print_cost(configs[0], recorded, console)
+        else:
+            offline.annotate(configs, recorded, out, console)
+    except TraceError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        _fail("interrupted; answers that models have given are stored, and are not asked for again")
+
+
 def split_arguments(arguments: list[str]) -> tuple[list[Path], list[str]]:
     """(files, overrides): an override is what holds a `=` and is no existing file."""
     overrides = [text for text in arguments if "=" in text and not Path(text).exists()]

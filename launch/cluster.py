@@ -13,7 +13,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from trace_rl.config.roles import Resources
 from trace_rl.config.run import RunConfig
 from trace_rl.errors import WorkerError
 from trace_rl.workers import environment
@@ -21,6 +23,13 @@ from trace_rl.workers import environment
 logger = logging.getLogger(__name__)
 
 _OBJECT_STORE_BYTES = 512 * 2**20
+
+
+def actor_of(role: type, resources: Resources, **options: Any) -> Any:
+    """A role's class as an actor class with its share of the cluster; `.remote(...)` starts it."""
+    import ray
+
+    return ray.remote(role).options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, **options)
 
 
 @contextmanager

@@ -10,11 +10,11 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
-from trace_rl.batch import RoutedRollout, TrainingBatch, TrainingSequence
+from trace_rl.batch import RoutedRollout, TrainingBatch
 from trace_rl.config.roles import Logging
 from trace_rl.launch.display import Display
+from trace_rl.launch.rollout_dump import record_of
 from trace_rl.launch.run_folder import RunFolder
 from trace_rl.launch.summary import Evaluation
 from trace_rl.launch.trackers import Tracker
@@ -32,6 +32,7 @@ class RunJournal:
         self._display = display
         self._trackers = trackers
         self._stages: dict[str, float] = {}
+        self._step_started_s = 0.0
 
     @property
     def history(self) -> list[dict[str, float]]:
@@ -52,6 +53,8 @@ class RunJournal:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         self._display.stage(name)
+        if not self._stages:
+            self._step_started_s = time.time()
         started = time.perf_counter()
         try:
             yield
@@ -60,6 +63,7 @@ class RunJournal:
 
     def log_step(self, step: int, metrics: Metrics) -> None:
         record = {**metrics, **self._take_stages()}
+        record["clock/step_started_s"] = self._step_started_s  # since 1970, to lay logs of other machines beside it
         record["time/step_s"] = sum(value for name, value in record.items() if name.startswith("time/"))
         self._write(step, record)
         self._display.step(step, record)
@@ -76,7 +80,7 @@ class RunJournal:
         self._folder.rollouts.mkdir(exist_ok=True)
         with (self._folder.rollouts / f"step-{step:06d}.jsonl").open("w", encoding="utf-8") as file:
             for item, sequence in list(zip(routed, batch.sequences, strict=True))[: self._settings.rollouts_per_step]:
-                file.write(json.dumps(_rollout_record(item, sequence), ensure_ascii=False) + "\n")
+                file.write(json.dumps(record_of(item, sequence), ensure_ascii=False) + "\n")
 
     def close(self) -> None:
         for tracker in self._trackers:
@@ -91,34 +95,3 @@ class RunJournal:
             file.write(json.dumps({"step": step, **record}) + "\n")
         for tracker in self._trackers:
             tracker.log(step, record)
-
-
-def _rollout_record(item: RoutedRollout, sequence: TrainingSequence) -> dict[str, Any]:
-    graded = item.member.graded
-    rollout = graded.rollout
-    return {
-        "prompt_id": rollout.prompt.prompt_id,
-        "sample": rollout.sample,
-        "policy_version": rollout.policy_version,
-        "question": rollout.prompt.question,
-        "answer": rollout.prompt.answer,
-        "response": rollout.text,
-        "token_ids": list(rollout.token_ids),
-        "finish_reason": rollout.finish_reason,
-        "reward": graded.reward,
-        "grade_cause": graded.cause,
-        "advantage": item.advantage,
-        "feedback": graded.feedback,
-        "annotation_cause": item.member.annotated.cause,
-        "reflection": item.member.annotated.reflection,
-        "spans": [
-            {"start": span.start, "end": span.end, "class": span.span_class, "type": span.type}
-            for span in item.member.annotated.spans
-        ],
-        "token_advantages": sequence.advantages.tolist(),
-        "pg_weight": sequence.pg_weight.tolist(),
-        "routes": [
-            {"route": tokens.route, "weight": tokens.weight, "positions": tokens.positions.tolist()}
-            for tokens in item.routed
-        ],
-    }

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trace_rl.batch import Prompt
+from trace_rl.batch import Prompt, SpanClass
 from trace_rl.config.roles import Model
 from trace_rl.config.run import RunConfig
 from trace_rl.config.teacher import External, Teacher
 from trace_rl.contexts import Context, extra_response_pieces
 from trace_rl.errors import ConfigError, DataError, ModelError
+from trace_rl.launch.annotators import check_annotator, self_annotation_tokens
 from trace_rl.launch.model_files import load_tokenizer, resolve_model
-from trace_rl.launch.prompt_sources import error_rule, open_source, peek
+from trace_rl.launch.prompt_sources import annotation_types, error_rule, open_source, peek
 from trace_rl.launch.trackers import check_installed
 from trace_rl.prompts import PromptEncoder, check_pair
 from trace_rl.protocols import ErrorRule, PromptSource
@@ -43,6 +44,8 @@ class Ready:
     prompts: PromptSource
     encoder: PromptEncoder
     rule: ErrorRule
+    annotation_types: Mapping[SpanClass, Mapping[str, str]]
+    """Closed lists of span types by class."""
     vocab_size: int
     """Rows of the policy's output head; 0 where no teacher is started."""
     max_model_len: int
@@ -58,19 +61,20 @@ def check(config: RunConfig) -> Ready:
         ConfigError, DataError, ModelError: with one sentence for the user.
     """
     check_installed(config.logging)
+    check_annotator(config)
     config = config.model_copy(
         update={"model": resolve_model(config.model), "teacher": _resolved_teacher(config.teacher)}
     )
     prompts = open_source(config)
     tokenizer = load_tokenizer(config.model)
     _check_same_tokens(config, tokenizer)
-    rule = error_rule(config)
+    rule, types = error_rule(config), annotation_types(config)
     encoder = PromptEncoder(
         tokenizer,
         config.data.system_prompt,
         config.model.chat_template_kwargs,
         config.teacher.chat_template_kwargs,
-        tuple(rule.types),
+        tuple({**types["key"], **types["error"]}),
     )
     first = peek(prompts, config.sampling.prompts_per_step)
     if config.sampling.source == "solutions":
@@ -89,13 +93,13 @@ def check(config: RunConfig) -> Ready:
     _check_prompts(config, encoder, training)
     _check_prompts(config, evaluated, heldout)
     longest_teacher = _longest_teacher_prompt(config, encoder, training)
-    max_model_len = config.max_sequence_tokens
+    max_model_len = max(config.max_sequence_tokens, self_annotation_tokens(config))
     _check_positions(config.model, max(max_model_len, longest_teacher + config.sampling.max_response_tokens))
     for context in _contexts(config):
         check_pair(encoder, first[0], context)
     vocab_size = vocabulary_size(config.model) if config.needs_teacher else 0
     canaries = tuple(encoder.student_ids(prompt) for prompt in (heldout or first)[:_NUM_CANARIES])
-    return Ready(config, tokenizer, prompts, encoder, rule, vocab_size, max_model_len, canaries)
+    return Ready(config, tokenizer, prompts, encoder, rule, types, vocab_size, max_model_len, canaries)
 
 
 def _resolved_teacher(teacher: Teacher) -> Teacher:
@@ -215,5 +219,6 @@ def _check_positions(model: Model, needed: int) -> None:
         raise ConfigError(
             f"the longest sequence (prompt with its privileged context, and response) may have {needed} tokens, but "
             f"{model.path} has max_position_embeddings = {limit}; lower sampling.max_prompt_tokens or "
-            "sampling.max_response_tokens"
+            "sampling.max_response_tokens, and with self-annotation annotator.backend.max_prompt_tokens or "
+            "max_reply_tokens"
         )

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trace_rl.batch import Prompt
+from trace_rl.batch import Prompt, SpanClass
+from trace_rl.config.annotator import TypeLists
 from trace_rl.config.run import RunConfig
 from trace_rl.data import ArithmeticSource, RowSource, read_jsonl, split_heldout, to_prompts
 from trace_rl.errors import DataError, first_line
@@ -49,6 +50,17 @@ def _refuse_overlap(train: Sequence[Prompt], heldout: Sequence[Prompt]) -> None:
 def error_rule(config: RunConfig) -> ErrorRule:
     """The rule of the oracle annotator: the task's own, or the equation rule for other data."""
     return ArithmeticRule() if config.data.path == EMBEDDED else EquationRule()
+
+
+def annotation_types(config: RunConfig) -> dict[SpanClass, Mapping[str, str]]:
+    """The closed lists of types by class: the rule's where only rules annotate, else those that the run gives, the
+    task's own, or the general ones, in this order."""
+    settings, rule = config.annotator, error_rule(config).types
+    is_rule = settings.backend.model is None and not settings.backend.recording
+    if is_rule or (settings.types is None and config.data.path == EMBEDDED):
+        return {"key": rule, "error": rule}
+    lists = settings.types or TypeLists()
+    return {"key": lists.key, "error": lists.error}
 
 
 def peek(source: PromptSource, count: int) -> list[Prompt]:

@@ -8,22 +8,22 @@ from __future__ import annotations
 
 from typing import Any
 
-import ray
-
 from trace_rl.absent import AbsentAnnotator, AbsentTeacher
 from trace_rl.config.learner import Lora
-from trace_rl.config.roles import Model, Resources
+from trace_rl.config.roles import Model
 from trace_rl.config.run import RunConfig
 from trace_rl.flops import TransformerShape
+from trace_rl.launch.annotators import ANNOTATOR, AnnotatorSetting, start_annotator
+from trace_rl.launch.cluster import actor_of
 from trace_rl.launch.journal import RunJournal
 from trace_rl.launch.preflight import Ready
 from trace_rl.launch.run_folder import RunCheckpoints, RunFolder
 from trace_rl.loop import Roles
 from trace_rl.off_policy import MixedGenerator, SolutionGenerator, TeacherGenerator
 from trace_rl.protocols import Annotator, Generator, Teacher
-from trace_rl.workers.annotator import OracleAnnotator, RayAnnotator, detokenizer_of
+from trace_rl.workers.annotator import RayAnnotator
 from trace_rl.workers.generator import VllmGenerator
-from trace_rl.workers.generator_engine import GeneratorEngine
+from trace_rl.workers.generator_engine import ENGINE_THREADS, GeneratorEngine
 from trace_rl.workers.learner import DeepSpeedLearner
 from trace_rl.workers.rewarder import MAX_CONCURRENT_CALLS, MathRewarder, RayGrader
 from trace_rl.workers.teacher import RayTeacher, TeacherModel
@@ -41,20 +41,19 @@ def start_roles(ready: Ready, folder: RunFolder, journal: RunJournal) -> tuple[R
     """
     config = ready.config
     engines = [_start_engine(index, ready, config.model) for index in range(config.generator.num_engines)]
-    rewarder = _actor(MathRewarder, config.placement.rewarder, max_concurrency=MAX_CONCURRENT_CALLS).remote(
+    rewarder = actor_of(MathRewarder, config.placement.rewarder, max_concurrency=MAX_CONCURRENT_CALLS).remote(
         config.rewarder
     )
     started = {f"generator engine {index}": engine for index, engine in enumerate(engines)} | {"the rewarder": rewarder}
     if config.needs_teacher:
-        teacher_actor = _actor(TeacherModel, config.placement.teacher).remote(
+        teacher_actor = actor_of(TeacherModel, config.placement.teacher).remote(
             config.model, config.teacher, ready.vocab_size
         )
         started |= {"the teacher": teacher_actor}
     if config.needs_annotator:
-        annotator_actor = _actor(OracleAnnotator, config.placement.annotator).remote(
-            detokenizer_of(ready.tokenizer), config.annotator, ready.rule
-        )
-        started |= {"the annotator": annotator_actor}
+        setting = AnnotatorSetting(config, ready.tokenizer, ready.rule, ready.annotation_types, folder.path)
+        annotator_actors = start_annotator(setting, engines)
+        started |= annotator_actors
     if config.sampling.source == "teacher":
         path = config.teacher.weights.start_path(config.model.path)
         model = config.model.model_copy(update={"path": path})
@@ -71,7 +70,7 @@ def start_roles(ready: Ready, folder: RunFolder, journal: RunJournal) -> tuple[R
         teacher = RayTeacher(teacher_actor, learner, config.teacher.weights, config.placement.step_timeout_s)
         teacher_shapes = teacher.shapes()
     if config.needs_annotator:
-        annotator = RayAnnotator(annotator_actor, config.annotator)
+        annotator = RayAnnotator(annotator_actors[ANNOTATOR], config.annotator)
     canary = [*ready.canaries, *canary_sequences(len(ready.tokenizer))]
     generator = _generator(engines, config)
     sampler = _sampler(ready, generator, [teacher_engine] if config.sampling.source == "teacher" else [])
@@ -114,7 +113,7 @@ def _sampler(ready: Ready, generator: Generator, teacher_engines: list[Any]) -> 
 
 def _start_engine(index: int, ready: Ready, model: Model, loaded_version: int | None = None) -> Any:
     config = ready.config
-    return _actor(GeneratorEngine, config.placement.generator).remote(
+    return actor_of(GeneratorEngine, config.placement.generator, max_concurrency=ENGINE_THREADS).remote(
         index=index,
         model=model,
         settings=config.generator,
@@ -124,7 +123,3 @@ def _start_engine(index: int, ready: Ready, model: Model, loaded_version: int | 
         loaded_version=loaded_version,
         lora=config.learner.lora if config.learner.sends_adapters and loaded_version is None else Lora(),
     )
-
-
-def _actor(role: type, resources: Resources, **options: Any) -> Any:
-    return ray.remote(role).options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, **options)

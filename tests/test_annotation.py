@@ -1,6 +1,6 @@
 """Replies become legal spans whatever an annotator says; the oracle speaks the same protocol."""
 
-import json
+import asyncio
 from itertools import pairwise
 
 import pytest
@@ -10,17 +10,14 @@ from hypothesis import strategies as st
 from trace_rl.annotation import (
     AnnotationReply,
     AnnotationRequest,
-    OracleBackend,
     SegmentSpan,
-    parse_reply,
     readable_reflection,
     resolve,
     span_budget,
 )
 from trace_rl.batch import Prompt, Span
-from trace_rl.config.roles import Segmentation
-from trace_rl.errors import AnnotationError
-from trace_rl.segments import Segment, TokenText, segment
+from trace_rl.rule_annotators import OracleBackend, rule_reply
+from trace_rl.segments import Segment, Segmentation, TokenText, segment
 from trace_rl.tasks.arithmetic import ArithmeticRule
 from trace_rl.tasks.equations import EquationRule
 
@@ -115,39 +112,13 @@ def test_spans_are_legal_whatever_is_said(said: list[tuple[int, int, str, float]
     assert {span.type for span in found} <= {"slip", "gap", "other"}
 
 
-def test_reply_is_read_from_json() -> None:
-    answer = parse_reply('{"spans": [{"start": 12, "end": 14, "type": "gap", "importance": 3, "note": "see"}]}')
-    assert answer == reply((12, 14, "gap", 3.0))
-    assert parse_reply('{"spans": []}').spans == ()
-    assert parse_reply('{"spans": [{"start": 1, "end": 1, "type": "gap"}]}').spans[0].importance == 1.0
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "segments 1 to 3",
-        "[]",
-        "{}",
-        '{"spans": [{"start": "1", "end": 2, "type": "gap"}]}',
-        '{"spans": [{"start": 1, "end": 2}]}',
-        '{"spans": [{"start": 1.5, "end": 2, "type": "gap"}]}',
-        '{"spans": [{"start": 1, "end": 2, "type": "gap", "importance": -1}]}',
-        '{"spans": [{"start": 1, "end": 2, "type": "gap", "importance": NaN}]}',
-    ],
-)
-def test_a_broken_reply_is_an_annotation_error(text: str) -> None:
-    with pytest.raises(AnnotationError, match="expected JSON like"):
-        parse_reply(text)
-
-
 def oracle(rule: object, prompt: Prompt, text: str, span_class: str, boundary: str) -> list[tuple[str, str]]:
     """Texts and types of the oracle's spans, with one token a character and no cap."""
     token_text = TokenText(text, tuple(range(len(text) + 1)))
     cuts = segment(token_text, Segmentation(boundary=boundary, min_tokens=1))
     asked = AnnotationRequest(prompt, span_class, cuts, rule.types, 1.0)  # type: ignore[arg-type, attr-defined]
-    answer = OracleBackend(rule).reply(asked)  # type: ignore[arg-type]
-    assert parse_reply(json.dumps(answer.model_dump(mode="json"))) == answer
+    answer = asyncio.run(OracleBackend(rule).answer(asked)).reply  # type: ignore[arg-type]
+    assert AnnotationReply.model_validate_json(answer.model_dump_json()) == answer
     found, audit = resolve(answer, asked, token_text, len(text))
     assert audit["round_trip_errors"] == audit["out_of_range"] == audit["unknown_types"] == 0
     return [(text[span.start : span.end], span.type) for span in found]
@@ -198,7 +169,7 @@ def test_the_oracle_reflects_on_the_first_error_in_the_words_of_its_type() -> No
     segments = segment(token_text, Segmentation(boundary=r"(?<== )|(?=\n)", min_tokens=1))
     rule = ArithmeticRule()
     asked = AnnotationRequest(prompt, "error", segments, rule.types, 1.0)
-    answer = OracleBackend(rule).reply(asked)
+    answer = rule_reply(rule, asked)
     assert readable_reflection(answer, asked) == "The first mistake: the result of a sum or difference is wrong."
     right = AnnotationRequest(prompt, "key", segments, rule.types, 1.0)
-    assert OracleBackend(rule).reply(right).reflection == ""
+    assert rule_reply(rule, right).reflection == ""

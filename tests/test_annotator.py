@@ -1,5 +1,7 @@
 """The annotator: what is annotated, what is left out, what fails without harm, and the actor behind it."""
 
+import asyncio
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -9,10 +11,13 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from trace_rl.batch import AnnotatedRollout, FinishReason, GradeCause, GradedRollout, Prompt, Rollout, SpanClass
-from trace_rl.config.roles import Annotator, Segmentation
+from trace_rl.config.annotator import Annotator
 from trace_rl.errors import WorkerError
+from trace_rl.segments import Segmentation
 from trace_rl.tasks.arithmetic import ArithmeticRule
-from trace_rl.workers.annotator import BackendDetokenizer, OracleAnnotator, RayAnnotator, detokenizer_of
+from trace_rl.workers.annotator import RayAnnotator
+from trace_rl.workers.span_annotator import SpanAnnotator, Surroundings
+from trace_rl.workers.token_reader import CoreReader, reader_of
 
 EOS = 256
 BOTH: frozenset[SpanClass] = frozenset({"key", "error"})
@@ -36,10 +41,13 @@ def bytes_tokenizer() -> Tokenizer:
 TOKENIZER = bytes_tokenizer()
 
 
+SURROUNDINGS = Surroundings({"key": ArithmeticRule.types, "error": ArithmeticRule.types}, 0, "run", "")
+
+
 class Direct:
     """Stands in for the actor handle: `annotate.remote(tasks).future()` runs the real annotator at once."""
 
-    def __init__(self, annotator: OracleAnnotator) -> None:
+    def __init__(self, annotator: SpanAnnotator) -> None:
         self._annotator = annotator
         self.num_tasks = 0
 
@@ -50,7 +58,7 @@ class Direct:
     def remote(self, tasks: Sequence[Any]) -> "Direct":
         self.num_tasks += len(tasks)
         self._future: Future[Any] = Future()
-        self._future.set_result(self._annotator.annotate(tasks))
+        self._future.set_result(asyncio.run(self._annotator.annotate(tasks)))
         return self
 
     def future(self) -> "Future[Any]":
@@ -85,8 +93,11 @@ def graded(
 
 
 def annotator(rule: Any = None, settings: Annotator = SETTINGS) -> RayAnnotator:
-    actor = Direct(OracleAnnotator(BackendDetokenizer(TOKENIZER), settings, rule or ArithmeticRule()))
-    return RayAnnotator(actor, settings)
+    return RayAnnotator(Direct(actor_for(settings, rule)), settings)
+
+
+def actor_for(settings: Annotator = SETTINGS, rule: Any = None) -> SpanAnnotator:
+    return SpanAnnotator(CoreReader(TOKENIZER), settings, rule or ArithmeticRule(), SURROUNDINGS)
 
 
 def texts(item: AnnotatedRollout) -> list[tuple[str, str, str]]:
@@ -120,7 +131,7 @@ def test_the_cap_shows_in_the_metrics() -> None:
 
 
 def test_only_wanted_classes_with_a_verdict_are_annotated() -> None:
-    actor = Direct(OracleAnnotator(BackendDetokenizer(TOKENIZER), SETTINGS, ArithmeticRule()))
+    actor = Direct(actor_for())
     role = RayAnnotator(actor, SETTINGS)
     items = [
         graded(RIGHT, 1.0, 0),
@@ -158,22 +169,26 @@ def test_late_annotations_leave_no_spans() -> None:
             self._future = Future()
             return self
 
-    impatient = SETTINGS.model_copy(update={"timeout_s": 0.1})
-    role = RayAnnotator(Silent(OracleAnnotator(BackendDetokenizer(TOKENIZER), impatient, ArithmeticRule())), impatient)
+    impatient = SETTINGS.model_copy(update={"step_wait_s": 0.1})
+    role = RayAnnotator(Silent(actor_for(impatient)), impatient)
+    started = time.monotonic()
     (item,) = role.annotate([graded(RIGHT, 1.0)], BOTH)
     assert (item.cause, item.spans) == ("timeout", ())
-    assert role.metrics()["annotation/timeouts"] == 1.0
+    assert time.monotonic() - started < 5
+    metrics = role.metrics()
+    assert metrics["annotation/failed/timeout"] == 1.0 and metrics["annotation/wait_s"] >= 0.1
 
 
 def test_a_hugging_face_tokenizer_is_reduced_to_its_core() -> None:
     transformers = pytest.importorskip("transformers")
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=TOKENIZER, eos_token="<eos>")
-    core = detokenizer_of(fast)
-    assert isinstance(core, BackendDetokenizer)
+    core = reader_of(fast)
+    assert isinstance(core, CoreReader)
     ids = [*TOKENIZER.encode("größer 🙂").ids, EOS]
     assert core.convert_ids_to_tokens(ids) == fast.convert_ids_to_tokens(ids)
     options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
     assert core.decode(ids, **options) == fast.decode(ids, **options) == "größer 🙂<eos>"
+    assert core.special_tokens() == ["<eos>"] and core.count("größer<eos>") == len("größer".encode()) + 1
 
 
 @pytest.mark.engine
@@ -181,13 +196,17 @@ def test_over_ray(local_ray: None) -> None:
     """A real actor: results stream while the producer goes on, it needs no torch, and its death is named."""
     import ray
 
-    class Observed(OracleAnnotator):
-        def modules(self) -> list[str]:
+    class Observed(SpanAnnotator):
+        async def modules(self) -> list[str]:
             import sys
 
             return list(sys.modules)
 
-    actor = ray.remote(Observed).options(num_cpus=0.5).remote(BackendDetokenizer(TOKENIZER), SETTINGS, ArithmeticRule())
+    actor = (
+        ray.remote(Observed)
+        .options(num_cpus=0.5)
+        .remote(CoreReader(TOKENIZER), SETTINGS, ArithmeticRule(), SURROUNDINGS)
+    )
     assert ray.get(actor.ready.remote(), timeout=60)
     role = RayAnnotator(actor, SETTINGS)
 

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from trace_rl.advantages import GroupAdvantage
-from trace_rl.config.roles import Segmentation
+from trace_rl.segments import Segmentation
 from trace_rl.config.run import RunConfig
 from trace_rl.config.teacher import Periodic
 from trace_rl.contexts import Context

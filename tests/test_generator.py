@@ -10,12 +10,15 @@ import pytest
 import ray
 import torch
 
+from trace_rl.annotation_prompts import Message
 from trace_rl.batch import Prompt, Rollout, RolloutRequest
 from trace_rl.config.roles import GeneratorSettings, Model
 from trace_rl.errors import WeightSyncError, WorkerError
 from trace_rl.protocols import Decoding
+from trace_rl.workers.chat import ChatFault, ChatRequest
 from trace_rl.workers.generator import VllmGenerator, split_by_prompt
 from trace_rl.workers.generator_engine import GeneratorEngine
+from trace_rl.workers.waiting import wait_for
 
 DECODING = Decoding(temperature=0.7)
 MAX_TOKENS = 24
@@ -60,6 +63,7 @@ def model_and_engine(
 ) -> Iterator[tuple[Any, Any]]:
     folder = tmp_path_factory.mktemp("tiny")
     model = build_tiny_model(folder, tied=True)
+    (folder / "chat_template.jinja").write_text("{% for message in messages %}{{ message['content'] }} {% endfor %}")
     settings = Model(path=str(folder), dtype="float32")
     engine = (
         ray.remote(GeneratorEngine)
@@ -182,6 +186,26 @@ def test_a_prompt_that_cannot_fit_is_reported_and_the_engine_goes_on(model_and_e
     with pytest.raises(WorkerError, match="generator engine 0 failed while"):
         list(generator.generate([*make_requests(1, 1), *make_requests(1, 1, prompt_length=300)], DECODING))
     assert len(list(generator.generate(make_requests(1, 2), DECODING))) == 2
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("text", "schema", "message"),
+    [
+        # The tokenizer knows the words w0 to w299 only; the version is not looked at in an engine as it was loaded.
+        ("w50 w51", {"type": "object"}, "no token of its vocabulary continues the JSON"),
+        ("w50 w51", {"type": "bytes"}, "generator engine 0 does not take a chat request: .*Unsupported type"),
+    ],
+)
+def test_chats_that_cannot_be_answered_are_refused_and_the_engine_goes_on(
+    model_and_engine: tuple[Any, Any], text: str, schema: dict[str, Any], message: str
+) -> None:
+    _, engine = model_and_engine
+    request = ChatRequest((Message("user", text),), schema, max_tokens=8, temperature=0.0, policy_version=3)
+    with pytest.raises(ChatFault, match=message) as fault:
+        wait_for(engine.complete.remote(request, 60), 60, "the engine", "answering")
+    assert (fault.value.cause, fault.value.is_final) == ("refused", True)
+    assert len(list(VllmGenerator([engine], MAX_TOKENS, 60).generate(make_requests(1, 2), DECODING))) == 2
 
 
 class FakeEngine:

@@ -1,17 +1,18 @@
 """The character-to-token map on every kind of text and vocabulary, and where responses are cut."""
 
-from itertools import pairwise
+from itertools import accumulate
+from time import perf_counter
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from token_map_checks import check_map, check_segments
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from trace_rl.config.roles import Segmentation
 from trace_rl.errors import AnnotationError
-from trace_rl.segments import Detokenizer, Segment, TokenText, math_regions, read_tokens, segment
+from trace_rl.segments import Segmentation, TokenText, math_regions, read_tokens, segment
 from trace_rl.tasks.arithmetic import base_model_path
-from trace_rl.workers.annotator import BackendDetokenizer
+from trace_rl.workers.token_reader import CoreReader
 
 CORPUS = [
     "Step 1: 47 + 38 = 85\nStep 2: 85 - 15 = 70\n\\boxed{70}",
@@ -50,7 +51,7 @@ def sentencepiece_like() -> Tokenizer:
 
 
 BYTE_LEVEL = byte_level()
-TOKENIZER = BackendDetokenizer(BYTE_LEVEL)
+TOKENIZER = CoreReader(BYTE_LEVEL)
 EMBEDDED = Tokenizer.from_file(str(base_model_path() / "tokenizer.json"))
 
 
@@ -72,39 +73,15 @@ def letters(text: str) -> TokenText:
     return read_tokens(Letters(), [ord(char) for char in text])
 
 
-def cut(text: str, **options: object) -> list[str]:
-    """Segments of a text with one token a character."""
-    return [found.text for found in segment(letters(text), Segmentation(**{"min_tokens": 1, **options}))]
+def pieces(*texts: str) -> TokenText:
+    """One token for each text."""
+    return TokenText("".join(texts), tuple(accumulate(map(len, texts), initial=0)))
 
 
-def check_map(tokenizer: Detokenizer, ids: list[int]) -> TokenText:
-    found = read_tokens(tokenizer, ids)
-    assert found.text == tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    assert found.num_tokens == len(ids) and found.offsets[0] == 0 and found.offsets[-1] == len(found.text)
-    boundaries = [token for token in range(len(ids) + 1) if found.is_boundary(token)] if found.text else []
-    for start, end in pairwise(boundaries):
-        assert found.token_range(*found.char_range(start, end)) == (start, end)
-    for token in range(len(ids) + 1):
-        before = found.boundary_at_most(token)
-        assert before <= token and (found.is_boundary(before) or not found.text)
-    return found
-
-
-def check_segments(token_text: TokenText, options: Segmentation) -> tuple[Segment, ...]:
-    """Partition, numbering and the round trip from tokens through characters to tokens."""
-    found = segment(token_text, options)
-    assert "".join(item.text for item in found) == token_text.text
-    if token_text.text:
-        ends = [0, *(item.token_end for item in found)]
-        assert [(item.token_start, item.token_end) for item in found] == list(pairwise(ends))
-        assert ends[-1] == token_text.num_tokens
-    for number, item in enumerate(found, start=1):
-        assert item.number == number and item.text
-        chars = token_text.char_range(item.token_start, item.token_end)
-        assert token_text.token_range(*chars) == (item.token_start, item.token_end)
-        assert item.token_end - item.token_start <= options.max_tokens + 3  # the rest of a character
-        assert item.text.find("</think>") in (-1, len(item.text) - len("</think>"))
-    return found
+def cut(text: str | TokenText, **options: object) -> list[str]:
+    """Segments of a text; a plain one has one token a character."""
+    token_text = letters(text) if isinstance(text, str) else text
+    return [found.text for found in check_segments(token_text, Segmentation(**{"min_tokens": 1, **options}))]
 
 
 def test_multi_byte_characters_belong_to_the_token_that_completes_them() -> None:
@@ -116,6 +93,16 @@ def test_multi_byte_characters_belong_to_the_token_that_completes_them() -> None
     assert [found.is_boundary(token) for token in range(7)] == [True, True, False, False, False, True, True]
     assert found.token_range(1, 2) == (1, 5)
     assert [found.boundary_at_most(token) for token in range(7)] == [0, 1, 1, 1, 1, 5, 6]
+
+
+def test_text_before_the_first_byte_of_a_character_waits_for_the_rest() -> None:
+    """Byte merges join a space with the first byte of a face: a, " " + F0, 9F, A7, A9, b. No border cuts the face."""
+    vocabulary = {"a": 0, "Ġð": 1, "Ł": 2, "§": 3, "©": 4, "b": 5}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    found = check_map(CoreReader(tokenizer), [0, 1, 2, 3, 4, 5])
+    assert found.text == "a \U0001f9e9b" and found.offsets == (0, 1, 1, 1, 1, 3, 4)
+    assert cut(found, boundary=r"\s|$", max_tokens=2) == ["a", " \U0001f9e9", "b"]
 
 
 def test_a_position_inside_a_token_moves_to_the_next_token() -> None:
@@ -140,10 +127,12 @@ def test_an_incomplete_character_at_the_end_is_kept() -> None:
 texts = st.text(
     st.one_of(st.sampled_from("ab 1\n.$\\é数🙂ﷺ\u0301\u200d"), st.characters(blacklist_categories=["Cs"])), max_size=60
 )
-mixed = st.lists(st.one_of(texts, st.sampled_from([*SPECIALS, "two words ß", "\n\n", "$x$"])), max_size=8).map("".join)
+mixed = st.lists(
+    st.one_of(texts, st.sampled_from([*SPECIALS, "two words ß", "\n\n", "$x. y$", "\\(", "\\)", "</thi"])), max_size=8
+).map("".join)
 options = st.builds(
     lambda boundary, limits: Segmentation(boundary=boundary, min_tokens=min(limits), max_tokens=max(limits)),
-    st.sampled_from([Segmentation().boundary, r"(?<== )|(?=\n)", r"(?=.)", r"\b"]),
+    st.sampled_from([Segmentation().boundary, r"(?<== )|(?=\n)", r"(?=.)", r"\b", "k|/|x"]),
     st.tuples(st.integers(1, 12), st.integers(1, 12)),
 )
 
@@ -167,7 +156,7 @@ def test_any_ids_are_mapped_and_partitioned(ids: list[int], settings: Segmentati
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.integers(1, 264), max_size=30))
 def test_vocabularies_that_are_not_byte_level(ids: list[int]) -> None:
-    tokenizer = BackendDetokenizer(sentencepiece_like())
+    tokenizer = CoreReader(sentencepiece_like())
     try:
         check_map(tokenizer, ids)
     except AnnotationError:  # Fuse reads broken bytes all at once, one replacement for each; whole characters work
@@ -175,7 +164,7 @@ def test_vocabularies_that_are_not_byte_level(ids: list[int]) -> None:
 
 
 def test_byte_fallback_completes_characters() -> None:
-    tokenizer = BackendDetokenizer(sentencepiece_like())
+    tokenizer = CoreReader(sentencepiece_like())
     ids = [2, *(9 + byte for byte in "🙂".encode()), 4]
     found = check_map(tokenizer, ids)
     assert found.text == "the🙂b" and found.offsets == (0, 3, 3, 3, 3, 4, 5)
@@ -184,13 +173,27 @@ def test_byte_fallback_completes_characters() -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, EMBEDDED.get_vocab_size() - 1), max_size=40), options)
 def test_the_embedded_models_tokenizer(ids: list[int], settings: Segmentation) -> None:
-    check_segments(check_map(BackendDetokenizer(EMBEDDED), ids), settings)
+    check_segments(check_map(CoreReader(EMBEDDED), ids), settings)
 
 
 def test_long_responses_take_linear_time() -> None:
-    """32,768 tokens in a second or two; a decoding per prefix would take hours."""
+    """32,768 tokens take less than a second; a decoding per prefix would take hours."""
     ids = (encode(CORPUS[1] + CORPUS[2]) * 1000)[:32_768]
-    assert len(check_segments(read_tokens(TOKENIZER, ids), Segmentation())) > 100
+    start = perf_counter()
+    found = segment(read_tokens(TOKENIZER, ids), Segmentation())
+    assert len(found) > 100
+    assert perf_counter() - start < 5
+
+
+@pytest.mark.parametrize(
+    "text", ["$", "$$x", "</think>", "</think>$x$", "\n", "\n ", " ", "\\begin{a}", "\\(x\\)", "a. "]
+)
+def test_long_repetitions_take_linear_time(text: str) -> None:
+    """32,768 characters of what a policy that has collapsed writes: a fraction of a second, minutes if quadratic."""
+    token_text = letters(text * (32_768 // len(text)))
+    start = perf_counter()
+    assert segment(token_text, Segmentation())
+    assert perf_counter() - start < 5
 
 
 def test_a_decoding_that_is_no_concatenation_is_refused() -> None:
@@ -238,6 +241,7 @@ def test_nothing_is_cut_inside_math() -> None:
         ("\\[a\\(b\\]c\\)", ["\\[a\\(b\\]"]),
         ("\\begin{a}\\begin{b}\\end{b}\\end{a}", ["\\begin{a}\\begin{b}\\end{b}\\end{a}"]),
         ("$x</think>y$", []),
+        ("\\begin{</think>}x\\end{</think>}", []),  # a tag is never a part of math
     ],
 )
 def test_math_regions(text: str, expected: list[str]) -> None:
@@ -257,3 +261,37 @@ def test_thinking_is_never_joined_with_the_answer() -> None:
     assert cut("ab\n</think>cd", min_tokens=50) == ["ab\n</think>", "cd"]
     assert cut("abcdefghij\n</think>\nx\n", min_tokens=10, boundary="\n") == ["abcdefghij\n</think>", "\nx\n"]
     assert cut("ab</think></think>c") == ["ab</think>", "</think>", "c"]
+
+
+def test_a_sentence_ends_before_a_token_that_begins_with_its_space() -> None:
+    found = pieces("One", ".", " Two", ".", " $", "x", ". ", "y", "$", " Three", ".\n", "Four")
+    assert cut(found) == ["One.", " Two.", " $x. y$ Three.\n", "Four"]
+
+
+def test_a_token_over_the_edge_of_math_belongs_to_the_segment_of_the_math() -> None:
+    """Borders behind "(?=b)" lie in the token "$b", which closes the math; the next one is behind it."""
+    assert cut(pieces("a", "$", "x", "$b", "c"), boundary="(?=b)") == ["a$x$b", "c"]
+    assert cut(pieces("a$", "x", "$", "b"), boundary="(?=[$])", max_tokens=1) == ["a$x$", "b"]
+
+
+def test_math_is_not_split_even_where_it_is_too_long() -> None:
+    assert cut("ab$1234567$cd", max_tokens=4) == ["ab", "$1234567$", "cd"]
+    assert cut("\\begin{a}1\n2\\end{a}", max_tokens=3) == ["\\begin{a}1\n2\\end{a}"]
+    assert cut("ab$1234567", max_tokens=4) == ["ab$", "123", "4567"]  # not closed: 10 = 3 + 3 + 4
+
+
+def test_a_long_piece_is_split_at_the_border_nearest_to_equal_parts() -> None:
+    """14 tokens, two parts of 7: the math reaches from 1 to 8, and 8 is nearer than 1."""
+    assert cut("a$12345$bcdefg", max_tokens=9) == ["a$12345$", "bcdefg"]
+    assert cut("abc$12345$d", max_tokens=8) == ["abc", "$12345$d"]  # 5 is wanted; 10 would make 10 tokens, so 3
+
+
+def test_the_end_of_thinking_is_never_split() -> None:
+    assert cut("x</think>yz", max_tokens=3) == ["x", "</think>", "yz"]
+    assert cut("a</think>b", boundary="/|think") == ["a</think>", "b"]
+    assert cut("a</thi", boundary="/") == ["a</", "thi"]  # only a whole tag is one
+
+
+def test_a_token_over_the_end_of_thinking_belongs_to_the_thinking() -> None:
+    assert cut(pieces("a", " </", "think", ">\n\n", "b"), max_tokens=1) == ["a", " </think>\n\n", "b"]
+    assert cut(pieces("a", "</think", ">$", "x", "$", "b")) == ["a</think>$x$", "b"]  # math goes before the tag's cut

@@ -92,6 +92,27 @@ def test_a_role_that_hangs_costs_one_deadline() -> None:
     released.set()
 
 
+def test_what_is_left_when_the_items_have_ended_is_waited_for_so_long_and_no_longer() -> None:
+    """Item 7 hangs far beyond the drain of 0.3 s, the others are served; the producer's own 0.6 s do not count."""
+    released = threading.Event()
+
+    def serve(batch: Sequence[int]) -> list[int]:
+        if 7 in batch:
+            released.wait(10)
+        return double(batch)
+
+    def producer() -> Iterator[int]:
+        yield 7
+        time.sleep(0.6)
+        yield from [1, 2]
+
+    started = time.monotonic()
+    drained = call(serve, max_batch=1, drain_s=0.3)
+    assert sorted(stream(producer(), drained), key=str) == [(1, 2), (2, 4), (7, Unserved.LATE)]
+    assert 0.85 < time.monotonic() - started < 5
+    released.set()
+
+
 def test_the_deadline_knows_how_much_is_being_served() -> None:
     asked: list[int] = []
 

@@ -16,14 +16,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from trace_rl.batch import GradedRollout, Prompt, Span, SpanClass
-from trace_rl.errors import AnnotationError
-from trace_rl.protocols import ErrorRule
 from trace_rl.segments import Segment, TokenText
 
 MAX_REFLECTION_CHARS = 600
@@ -47,6 +45,12 @@ class AnnotationRequest:
     """Closed list of types: name -> one line of meaning."""
     coverage_cap: float
     """Largest share of the response that will be used."""
+    num_tokens: int = 0
+    """Tokens of the whole response, end-of-sequence included; what the cap is a share of."""
+    policy_version: int = 0
+    """Version of the weights that wrote the response."""
+    asks_reflection: bool = False
+    """Whether a model is asked to say in a sentence what went wrong, because a teacher will read it."""
 
     @property
     def text(self) -> str:
@@ -78,53 +82,33 @@ class AnnotationReply(BaseModel):
     reflection: str = ""
 
 
-class AnnotatorBackend(Protocol):
-    """Anything that can answer a request: a rule, a model behind an API, the policy itself."""
-
-    def reply(self, request: AnnotationRequest) -> AnnotationReply:
-        """The annotator's answer; raises AnnotationError where it broke the protocol."""
-        ...
-
-
 @dataclass(frozen=True)
-class OracleBackend:
-    """A task's rule as an annotator: the segments that the rule's character spans touch."""
+class Answer:
+    """A reply, and what it took to get it."""
 
-    rule: ErrorRule
+    reply: AnnotationReply
+    notes: Mapping[str, float] = field(default_factory=dict)
+    """Counts for the audit, for example `hidden_spans` or `repairs`; see `trace_rl.annotation_audit`."""
 
-    def reply(self, request: AnnotationRequest) -> AnnotationReply:
-        """Spans of the rule in segment numbers, empty ones left out; the first error's meaning is the reflection."""
-        find = self.rule.key_spans if request.span_class == "key" else self.rule.error_spans
-        spans = []
-        for char_start, char_end, name, importance in find(request.prompt, request.text):
-            touched = _touched(request.segments, char_start, char_end)
-            if touched:
-                spans.append(SegmentSpan(start=touched[0], end=touched[-1], type=name, importance=importance))
-        is_error = request.span_class == "error" and bool(spans)
-        reflection = f"The first mistake: {self.rule.types[spans[0].type]}." if is_error else ""
-        return AnnotationReply(spans=tuple(spans), reflection=reflection)
+
+class AnnotatorBackend(Protocol):
+    """Anything that can answer a request: a rule, a file, a model behind an API, the policy itself.
+
+    Many requests may be open at once; a backend that waits does so with `await`.
+    """
+
+    async def answer(self, request: AnnotationRequest) -> Answer:
+        """The annotator's answer.
+
+        Raises:
+            AnnotationError: there is none; its `cause` says why.
+        """
+        ...
 
 
 def span_class_of(graded: GradedRollout) -> SpanClass:
     """The class of spans that a response can have."""
     return "key" if graded.is_correct else "error"
-
-
-def parse_reply(text: str) -> AnnotationReply:
-    """Read an annotator's JSON.
-
-    Raises:
-        AnnotationError: the text is not JSON, or not of the protocol's form.
-    """
-    try:
-        return AnnotationReply.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the whole"
-        raise AnnotationError(
-            f"The annotator answered {text[:80]!r}, where {place} is wrong ({first['msg']}); expected JSON like "
-            '{"spans": [{"start": 12, "end": 14, "type": "case_analysis", "importance": 3}]}.'
-        ) from error
 
 
 def span_budget(num_tokens: int, coverage_cap: float) -> int:
@@ -230,14 +214,3 @@ def _cap(spans: Sequence[Span], token_text: TokenText, budget: int) -> tuple[Spa
 
 def _num_tokens(spans: Sequence[Span]) -> int:
     return sum(span.end - span.start for span in spans)
-
-
-def _touched(segments: Sequence[Segment], char_start: int, char_end: int) -> list[int]:
-    """Numbers of the segments that share a character with [char_start, char_end)."""
-    numbers, start = [], 0
-    for segment in segments:
-        end = start + len(segment.text)
-        if max(start, char_start) < min(end, char_end):
-            numbers.append(segment.number)
-        start = end
-    return numbers

@@ -19,10 +19,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
+from trace_rl.errors import FailureCause
+
 FinishReason = Literal["stop", "length"]
 GradeCause = Literal["graded", "truncated", "timeout", "error"]
 SpanClass = Literal["key", "error"]
-AnnotationCause = Literal["annotated", "not_requested", "failed", "timeout"]
+AnnotationCause = Literal["annotated", "not_requested", FailureCause]
 TeacherOutput = Literal["states", "logprobs", "entropy"]
 """What a route reads of the teacher at its tokens: final hidden states, the log-prob of the sampled token, entropy."""
 NOT_THE_POLICY = -1

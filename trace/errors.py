@@ -1,8 +1,31 @@
 """Errors that a user can act on.
 
 Each message is one clear sentence: what was found, what was expected, where, and what to do.
-The classes are picklable (Ray ships them between processes) because they carry only their message.
+The classes are picklable (Ray ships them between processes): they carry little more than their message.
 """
+
+from __future__ import annotations
+
+from typing import Literal
+
+FailureCause = Literal[
+    "failed",
+    "timeout",
+    "unparsable",
+    "refused",
+    "rate_limited",
+    "server_error",
+    "unreachable",
+    "circuit_open",
+    "over_budget",
+    "too_long",
+    "not_recorded",
+]
+"""Why a response was not annotated. `failed`: a rule raised; `timeout`: no answer before the deadline; `unparsable`: an
+answer outside of the protocol, also after a repair; `refused`: the server does not accept the request; `rate_limited`,
+`server_error`, `unreachable`: the last of several tries ended so; `circuit_open`: not sent, because the tries before
+failed; `over_budget`: not sent, because the run's budget is spent; `too_long`: the response does not fit the model's
+context, even without its middle; `not_recorded`: the replayed file lacks it."""
 
 
 class TraceError(Exception):
@@ -26,7 +49,14 @@ class RewardError(TraceError):
 
 
 class AnnotationError(TraceError):
-    """The annotator broke its protocol."""
+    """A response has no annotation; `cause` says why, in the words that metrics count by."""
+
+    def __init__(self, message: str, cause: FailureCause = "failed") -> None:
+        super().__init__(message)
+        self.cause: FailureCause = cause
+
+    def __reduce__(self) -> tuple[type[AnnotationError], tuple[str, FailureCause]]:
+        return type(self), (str(self), self.cause)
 
 
 class WeightSyncError(TraceError):

@@ -172,7 +172,8 @@ def _add_override(layers: Layers, override: str) -> None:
     tree: dict[str, Any] = {keys[-1]: value}
     for key in reversed(keys[:-1]):
         tree = {key: tree}
-    _merge(layers, layers.tree, tree, (), lambda mapping, key: f"override {override!r}")
+    # the place is the key alone: a value may be a secret that was given where none belongs
+    _merge(layers, layers.tree, tree, (), lambda mapping, key: f"override {dotted.strip()}")
 
 
 def _merge(layers: Layers, into: dict[str, Any], tree: Mapping[str, Any], path: Path_, place_of: Any) -> None:

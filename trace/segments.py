@@ -1,14 +1,17 @@
 """The text of a response, its exact character-to-token map, and the numbered segments that annotators point at.
 
-Decides where a response is cut: behind matches of a boundary expression outside of math delimiters, never across
-`</think>`; short pieces are merged, long ones split (protocol of arXiv:2605.10194, details ours).
+Decides where a response is cut: at matches of a boundary expression outside of math delimiters, always behind
+`</think>`; short pieces are merged, long ones split (protocol of arXiv:2605.10194, details ours). A character is a
+Unicode code point: an emoji or letter that is made of several may be cut between them.
 
 Invariants:
 * The pieces of `TokenText` concatenate to what the tokenizer decodes from the same ids; nothing is re-tokenised.
   Special tokens are part of the text, because every id has a place in it.
-* A position inside a token belongs to the next token boundary; a token boundary inside a character is never used as
-  the end of a segment. So (tokens -> characters -> tokens) is the identity on segments.
-* The segments of a response partition its tokens.
+* A position inside a token belongs to the next token boundary between characters. So (tokens -> characters -> tokens)
+  is the identity on segments.
+* The segments of a response partition its tokens. No border between them lies inside a character, strictly inside a
+  closed pair of math delimiters (`math_regions`) or strictly inside a `</think>`. Where one token holds the end of one
+  of these and the beginning of the next, both stay in one segment: keeping them whole goes before every limit and cut.
 
 This module must not know what annotators say about segments or what tokens are routed for.
 """
@@ -17,14 +20,16 @@ from __future__ import annotations
 
 import codecs
 import re
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from typing import Protocol
 
-from trace_rl.config.roles import Segmentation
+from pydantic import Field, field_validator, model_validator
+
+from trace_rl.config.base import Section
 from trace_rl.errors import AnnotationError
 
 MAX_WINDOW = 16
@@ -33,9 +38,42 @@ THINK_END = "</think>"
 
 _DELIMITER = re.compile(
     r"(?P<escape>\\\\|\\\$)|(?P<dollars>\$\$?)|(?P<open>\\[\[(])|(?P<close>\\[\])])"
-    r"|\\(?P<environment>begin|end)\{(?P<name>[^{}\n]{1,40})\}|(?P<reset>\n[ \t]*\n|</think>)|(?P<newline>\n)"
+    r"|\\(?P<environment>begin|end)\{(?P<name>[^{}<\n]{1,40})\}|(?P<reset>\n[ \t]*\n|</think>)|(?P<newline>\n)"
 )
 _CLOSING = {"\\[": "\\]", "\\(": "\\)"}
+
+
+class Segmentation(Section):
+    """How a response is cut into the numbered segments that an annotator points at."""
+
+    boundary: str = r"\n\s*\n|\n|(?<=[.!?])\s+"
+    """Regular expression; a segment ends behind each match outside of math delimiters, or within the match where a
+    token reaches over its end. Python's `re` has no time limit: an expression with nested repeats, such as `(a+)+b`,
+    can stop the annotator."""
+    min_tokens: int = Field(8, ge=1)
+    """Shorter pieces are merged with the next one."""
+    max_tokens: int = Field(128, ge=1)
+    """Longer pieces are split, but never inside a character, a `</think>` or closed math: math that has more tokens
+    makes a longer segment."""
+
+    @field_validator("boundary")
+    @classmethod
+    def _is_regular_expression(cls, boundary: str) -> str:
+        try:
+            re.compile(boundary)
+        except re.error as error:
+            raise ValueError(
+                f"annotator.segmentation.boundary {boundary!r} is not a regular expression ({error}); correct it"
+            ) from None
+        return boundary
+
+    @model_validator(mode="after")
+    def _limits_are_ordered(self) -> Segmentation:
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"annotator.segmentation.min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}; lower it"
+            )
+        return self
 
 
 class Detokenizer(Protocol):
@@ -52,7 +90,11 @@ class TokenText:
 
     text: str
     offsets: tuple[int, ...]
-    """[num_tokens + 1] number of complete characters before each token: token t wrote offsets[t]:offsets[t + 1]."""
+    """[num_tokens + 1] characters before each token: token t wrote offsets[t]:offsets[t + 1].
+
+    A token that ends inside a character writes nothing: its whole text belongs to the token that completes the
+    character, so a boundary inside a character is never the first one with its offset.
+    """
 
     @property
     def num_tokens(self) -> int:
@@ -119,19 +161,24 @@ def read_tokens(tokenizer: Detokenizer, token_ids: Sequence[int]) -> TokenText:
 def segment(token_text: TokenText, settings: Segmentation) -> tuple[Segment, ...]:
     """Cut a response (without its end-of-sequence token) into numbered segments; none where there is no text.
 
-    A segment has at least `min_tokens` tokens unless a `</think>` or the end of the response is near, and at most
-    `max_tokens` (plus the rest of a character).
+    A segment has at least `min_tokens` tokens unless it lies beside a `</think>`, the end of the response or math that
+    is too long, and at most `max_tokens` unless nothing in it may be cut: a character, a `</think>`, or math.
     """
-    if not token_text.text:
+    text = token_text.text
+    if not text:
         return ()
-    hard = {token_text.token_at(char) for char in _ends_of_thinking(token_text.text)} | {token_text.num_tokens}
-    soft = {token_text.token_at(char) for char in _boundaries(token_text.text, settings.boundary)}
+    thinking_ends = [match.span() for match in re.finditer(re.escape(THINK_END), text)]
+    regions = sorted([*math_regions(text), *thinking_ends])
+    borders = _borders(token_text, regions)
+    hard = {_border_in(token_text, borders, end, end) for _, end in thinking_ends} | {token_text.num_tokens}
+    matches = [match.span() for match in re.finditer(settings.boundary, text)]
+    soft = {_border_in(token_text, borders, *span) for span in matches if not _is_inside(regions, span[1])}
     ends = _merge_short(sorted(hard | soft), hard, settings.min_tokens)
     segments: list[Segment] = []
     start = 0
-    for end in _split_long(token_text, ends, settings.max_tokens):
+    for end in _split_long(borders, ends, settings.max_tokens):
         char_start, char_end = token_text.char_range(start, end)
-        segments.append(Segment(len(segments) + 1, start, end, token_text.text[char_start:char_end]))
+        segments.append(Segment(len(segments) + 1, start, end, text[char_start:char_end]))
         start = end
     return tuple(segments)
 
@@ -165,20 +212,26 @@ def _role(match: re.Match[str]) -> tuple[str, str]:
     return _CLOSING.get(match["open"] or "", ""), match["close"] or ""
 
 
-def _boundaries(text: str, boundary: str) -> list[int]:
-    """Ends of the boundary's matches that do not lie strictly inside math."""
-    regions = math_regions(text)
-    starts = [start for start, _ in regions]
-    ends = []
-    for match in re.compile(boundary).finditer(text):
-        before = bisect_left(starts, match.end()) - 1  # the last region that starts before the cut
-        if before < 0 or match.end() >= regions[before][1]:
-            ends.append(match.end())
-    return ends
+def _is_inside(regions: Sequence[tuple[int, int]], char: int) -> bool:
+    """Whether a position lies strictly inside one of the regions, which are ascending and disjoint."""
+    before = bisect_left(regions, (char,)) - 1  # the last region that starts before the position
+    return before >= 0 and char < regions[before][1]
 
 
-def _ends_of_thinking(text: str) -> list[int]:
-    return [match.end() for match in re.finditer(re.escape(THINK_END), text)]
+def _borders(token_text: TokenText, regions: Sequence[tuple[int, int]]) -> list[int]:
+    """Ascending token boundaries at which a segment may end, 0 and num_tokens included."""
+    boundaries = filter(token_text.is_boundary, range(token_text.num_tokens + 1))
+    return [token for token in boundaries if not _is_inside(regions, token_text.offsets[token])]
+
+
+def _border_in(token_text: TokenText, borders: Sequence[int], start: int, end: int) -> int:
+    """The last border within the characters [start, end] of a match, or the first one behind them.
+
+    Tokens often begin with the space before a word or a `$`; a cut behind that space would come after the word.
+    """
+    behind = bisect_left(borders, token_text.token_at(end))
+    is_overshot = token_text.offsets[borders[behind]] > end
+    return borders[behind - 1] if is_overshot and token_text.offsets[borders[behind - 1]] >= start else borders[behind]
 
 
 def _merge_short(cuts: Iterable[int], hard: set[int], min_tokens: int) -> list[int]:
@@ -198,19 +251,26 @@ def _merge_short(cuts: Iterable[int], hard: set[int], min_tokens: int) -> list[i
     return ends
 
 
-def _split_long(token_text: TokenText, ends: Iterable[int], max_tokens: int) -> list[int]:
-    """Ends of segments: a long piece becomes parts of equal length, cut between characters."""
+def _split_long(borders: Sequence[int], ends: Iterable[int], max_tokens: int) -> list[int]:
+    """Ends of segments: a long piece becomes parts of equal length, as far as the borders allow."""
     split: list[int] = []
     start = 0
     for end in ends:
-        num_parts = -(-(end - start) // max_tokens)
-        for part in range(1, num_parts):
-            cut = token_text.boundary_at_most(start + part * (end - start) // num_parts)
-            if cut > (split[-1] if split else 0):
-                split.append(cut)
-        split.append(end)
+        while end - start > max_tokens:
+            num_parts = -(-(end - start) // max_tokens)
+            start = _nearest_border(borders, start, start + (end - start) // num_parts, start + max_tokens)
+            split.append(start)
+        if end > start:
+            split.append(end)
         start = end
     return split
+
+
+def _nearest_border(borders: Sequence[int], start: int, target: int, limit: int) -> int:
+    """The border in (start, limit] that is nearest to target; where there is none, the first one behind."""
+    index = bisect_right(borders, target)
+    reachable = [border for border in borders[index - 1 : index + 1] if start < border <= limit]
+    return min(reachable, key=lambda border: abs(border - target), default=borders[index])
 
 
 def _decode(tokenizer: Detokenizer, ids: list[int]) -> str:
@@ -218,18 +278,25 @@ def _decode(tokenizer: Detokenizer, ids: list[int]) -> str:
 
 
 def _byte_level_pieces(tokens: Sequence[str | None]) -> list[str]:
-    """Text that each token of a byte-level vocabulary completes; a token without the alphabet stands for itself."""
+    """Text that each token of a byte-level vocabulary completes; a token without the alphabet stands for itself.
+
+    Merges of bytes do not respect characters: " " and the first two bytes of an emoji are one token in most
+    vocabularies. Its space is kept for the token that completes the emoji.
+    """
     alphabet = _byte_alphabet()
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    pieces = []
+    pieces, written = [], ""
     for token in tokens:
         try:
             data = bytes(alphabet[char] for char in token or "")
         except KeyError:
             data = (token or "").encode()
-        pieces.append(decoder.decode(data))
+        written += decoder.decode(data)
+        is_inside_character = bool(decoder.getstate()[0])
+        pieces.append("" if is_inside_character else written)
+        written = written if is_inside_character else ""
     if pieces:
-        pieces[-1] += decoder.decode(b"", final=True)
+        pieces[-1] += written + decoder.decode(b"", final=True)
     return pieces
 
 

@@ -1,21 +1,23 @@
-"""One vLLM engine, inside its actor: samples rollouts, scores sequences and takes weights.
+"""One vLLM engine, inside its actor: samples rollouts, answers chats, scores sequences and takes weights.
 
-Decides how a vLLM output becomes a `Rollout`. It must not know rewards, routes, other engines, or how weights are
-transferred beyond the calls of vLLM's weight transfer API.
+Decides how a vLLM output becomes a `Rollout`, and who gives way: a chat is served at once, beside rollouts that are
+being sampled, but new weights end it. It must not know rewards, routes, other engines, what chats are about, or how
+weights are transferred beyond the calls of vLLM's weight transfer API.
 
 Invariants: an engine samples only with weights that were proven (`accept`), and every rollout of one call carries that
 one version; token ids and log-probs are the sampler's own, under the sampling distribution (after temperature, top-k
-and top-p); the prefix cache never outlives the weights that filled it.
+and top-p); the prefix cache never outlives the weights that filled it; vLLM, and what describes its weights, is touched
+in the thread of the engine only, so that every method may be called while others run.
 """
 
 from __future__ import annotations
 
-import os
+import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
@@ -25,17 +27,25 @@ from trace_rl.config.learner import Lora
 from trace_rl.config.roles import GeneratorSettings, Model
 from trace_rl.errors import TraceError, WeightSyncError, WorkerError
 from trace_rl.protocols import Decoding
-from trace_rl.workers import environment
-from trace_rl.workers.adapters import Adapter, linear_names
+from trace_rl.workers.adapters import Adapter
+from trace_rl.workers.chat import ChatAnswer, ChatFault, ChatRequest
+from trace_rl.workers.generator_chat import ChatFormat, chat_params
+from trace_rl.workers.generator_llm import build_llm
+from trace_rl.workers.generator_sampling import prompt_logprobs, rollout_params, sampled_logprobs, scoring_params
+from trace_rl.workers.generator_thread import Engine, EngineRequest, EngineThread
 from trace_rl.workers.weight_sender import TransferBackend, TransferGroup, WeightManifest, transport_gist
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
+CHAT_THREADS = 64
+"""Chats that one engine serves at once."""
+ENGINE_THREADS = CHAT_THREADS + 8
+"""`max_concurrency` of an engine's actor that serves chats: they must not keep weights and rollouts waiting."""
+
+_CHAT, _ROLLOUT = 0, 1  # priorities: lower goes first
 _ADAPTER_ID = 1
 _NO_ADAPTERS = Lora()
-_CPU_BATCH_TOKENS = 4096
-_CPU_BLOCK_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -55,8 +65,9 @@ class GeneratorEngine:
         max_model_len: longest prompt plus completion, in tokens.
         backend: transport of the weights.
         seed: engine seed; samples depend on the requests' own seeds only.
-        loaded_version: version to report for the weights on disk, for use without a learner. Without it nothing is
-            generated until a weight sync has proven the weights.
+        loaded_version: version to report for the weights on disk, for use without a learner: chats are answered
+            whatever version they ask for, until a sync brings other weights. Without it nothing is generated until a
+            weight sync has proven the weights.
         lora: the adapters that a weight sync brings; of rank 0: it brings all weights.
     """
 
@@ -71,40 +82,22 @@ class GeneratorEngine:
         loaded_version: int | None = None,
         lora: Lora = _NO_ADAPTERS,
     ) -> None:
-        environment.apply(settings.kv_cache_gib)
-        is_cpu = not environment.has_gpu()
-        if is_cpu:
-            os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(settings.kv_cache_gib)  # inherited values are another engine's
-        from vllm import LLM
-        from vllm.config import WeightTransferConfig
-
-        from trace_rl.workers.weight_receiver import WORKER_EXTENSION
-
         self._name = f"generator engine {index}"
         self._backend: TransferBackend = backend
-        self._llm = LLM(
-            model=model.path,
-            dtype=model.dtype,
-            trust_remote_code=model.trust_remote_code,
-            max_model_len=max_model_len,
-            max_num_seqs=settings.max_concurrent_sequences,
-            gpu_memory_utilization=settings.gpu_memory_frac,
-            enforce_eager=settings.enforce_eager or is_cpu,
-            enable_prefix_caching=True,
-            logprobs_mode="processed_logprobs",
-            seed=seed,
-            weight_transfer_config=WeightTransferConfig(backend=f"trace_{backend}"),
-            worker_extension_cls=WORKER_EXTENSION,
-            **(_cpu_settings(max_model_len) if is_cpu else {}),
-            **(_adapter_settings(lora, model) if lora.rank else {}),
-        )
         self._adapter: LoRARequest | None = None
         self._adapter_folder = tempfile.TemporaryDirectory(prefix="adapter-")
-        self._tokenizer = self._llm.get_tokenizer()
-        self._proven_version: int | None = None
-        if loaded_version is not None:
-            self._llm.update_weight_version(str(loaded_version))
-            self._proven_version = loaded_version
+        self._proven_version = loaded_version
+        self._is_as_loaded = loaded_version is not None
+
+        def build() -> Engine:
+            self._llm = build_llm(model, settings, max_model_len, backend, seed, lora)
+            self._tokenizer = self._llm.get_tokenizer()
+            if loaded_version is not None:
+                self._llm.update_weight_version(str(loaded_version))
+            return self._llm.llm_engine
+
+        self._thread = EngineThread(self._name, build)
+        self._chats = ChatFormat(self._name, self._tokenizer, model.chat_template_kwargs, max_model_len)
 
     def ready(self) -> str:
         """The engine's name, once it can be used."""
@@ -123,39 +116,25 @@ class GeneratorEngine:
             WeightSyncError: the weights of this engine are not proven.
             WorkerError: vLLM gave a request up.
         """
-        if self._proven_version is None:
+        version = self._proven_version
+        if version is None:
             raise WeightSyncError(
                 f"{self._name} was asked for rollouts while its weights are unproven; sync the weights first"
             )
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        engine = self._llm.llm_engine
-        pending: dict[str, RolloutRequest] = {}
+        ticket = self._thread.submit(
+            lambda: [
+                EngineRequest(request.prompt_token_ids, rollout_params(request, decoding, max_tokens), self._adapter)
+                for request in requests
+            ],
+            _ROLLOUT,
+        )
         try:
-            for number, request in enumerate(requests):
-                params = SamplingParams(
-                    temperature=decoding.temperature,
-                    top_p=decoding.top_p,
-                    top_k=decoding.top_k,
-                    max_tokens=max_tokens,
-                    seed=request.seed,
-                    logprobs=0,
-                    flat_logprobs=True,
-                    detokenize=False,
-                    output_kind=RequestOutputKind.FINAL_ONLY,
-                )
-                prompt = {"prompt_token_ids": list(request.prompt_token_ids)}
-                pending[str(number)] = request
-                engine.add_request(str(number), prompt, params, lora_request=self._adapter)
-            while engine.has_unfinished_requests():
-                finished = [output for output in engine.step() if output.finished]
-                if finished:
-                    yield [self._rollout(pending.pop(output.request_id), output.outputs[0]) for output in finished]
+            for finished in ticket.outputs():
+                yield [self._rollout(requests[index], output.outputs[0], version) for index, output in finished]
         finally:
-            engine.abort_request(list(pending))
+            ticket.abort()
 
-    def _rollout(self, request: RolloutRequest, completion: Any) -> Rollout:
+    def _rollout(self, request: RolloutRequest, completion: Any, version: int) -> Rollout:
         if completion.finish_reason not in ("stop", "length"):
             raise WorkerError(
                 f"{self._name} ended sample {request.sample} of prompt {request.prompt.prompt_id} with "
@@ -163,21 +142,53 @@ class GeneratorEngine:
             )
         token_ids = tuple(completion.token_ids)
         versions = {int(span.version) for span in completion.weight_versions}
-        if versions != {self._proven_version}:
+        if versions != {version}:
             raise WeightSyncError(
                 f"{self._name} wrote sample {request.sample} of prompt {request.prompt.prompt_id} with weight versions "
-                f"{sorted(versions)}, but version {self._proven_version} is the proven one"
+                f"{sorted(versions)}, but version {version} is the proven one"
             )
         return Rollout(
             prompt=request.prompt,
             sample=request.sample,
             prompt_token_ids=request.prompt_token_ids,
             token_ids=token_ids,
-            rollout_logprobs=_sampled_logprobs(completion.logprobs, token_ids),
+            rollout_logprobs=sampled_logprobs(completion.logprobs, token_ids),
             finish_reason=completion.finish_reason,
-            policy_version=versions.pop(),
+            policy_version=version,
             text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
         )
+
+    def complete(self, request: ChatRequest, timeout_s: float) -> ChatAnswer:
+        """The answer to a chat, sampled beside the rollouts of `generate`, before those that wait for a place.
+
+        Raises:
+            ChatFault: `timeout`: not answered in time, or the weights are not (or no longer) those that the request
+                asks for; `too_long`; `refused`: vLLM does not take it.
+            WorkerError: the engine has failed in a step.
+        """
+        prompt = self._chats.prompt(request)
+        ticket = self._thread.submit(lambda: [self._chat_request(request, prompt)], _CHAT)
+        try:
+            ((_, output),) = next(ticket.outputs(timeout_s))
+        except TimeoutError as error:
+            raise ChatFault(f"{self._name} did not answer a chat request within {timeout_s:g} s", "timeout") from error
+        except TraceError:
+            raise
+        except Exception as error:  # of vLLM or its grammar compiler, on adding the request
+            raise ChatFault(f"{self._name} does not take a chat request: {error}", "refused", is_final=True) from error
+        finally:
+            ticket.abort()
+        return self._chats.answer(prompt, output.outputs[0])
+
+    def _chat_request(self, request: ChatRequest, prompt: tuple[int, ...]) -> EngineRequest:
+        if not self._is_as_loaded and request.policy_version != self._proven_version:
+            holds = "unproven weights" if self._proven_version is None else f"version {self._proven_version}"
+            raise ChatFault(
+                f"{self._name} holds {holds}, and the request is for version {request.policy_version}",
+                "timeout",
+                is_final=True,
+            )
+        return EngineRequest(prompt, chat_params(request), self._adapter)
 
     def score(self, sequences: Sequence[tuple[int, ...]]) -> list[Float[np.ndarray, " time"]]:
         """Log-probs of token sequences at temperature 1, computed anew (no cached prefix is read).
@@ -185,27 +196,22 @@ class GeneratorEngine:
         Returns:
             One array [len(sequence) - 1] per sequence: element t is log p(sequence[t + 1] | sequence[: t + 1]).
         """
-        from vllm import SamplingParams
-
-        params = SamplingParams(
-            temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False, skip_reading_prefix_cache=True, seed=0
+        ticket = self._thread.submit(
+            lambda: [EngineRequest(sequence, scoring_params(), self._adapter) for sequence in sequences], _ROLLOUT
         )
-        prompts = [{"prompt_token_ids": list(sequence)} for sequence in sequences]
-        outputs = self._llm.generate(prompts, params, use_tqdm=False, lora_request=self._adapter)
-        return [
-            np.array(
-                [entry[token].logprob for token, entry in zip(sequence[1:], output.prompt_logprobs[1:], strict=True)],
-                dtype=np.float32,
-            )
-            for sequence, output in zip(sequences, outputs, strict=True)
-        ]
+        try:
+            outputs = dict(itertools.chain.from_iterable(ticket.outputs()))
+        finally:
+            ticket.abort()
+        return [prompt_logprobs(outputs[index], sequence) for index, sequence in enumerate(sequences)]
 
     def join_transfer(self, group: TransferGroup, rank: int) -> None:
         """Join the weight sender's group; leaves the one joined before. Raises WeightSyncError at the deadline."""
         from trace_rl.workers.weight_receiver import init_info
 
+        info = {"init_info": init_info(self._backend, group, rank)}
         try:
-            self._llm.init_weight_transfer_engine({"init_info": init_info(self._backend, group, rank)})
+            self._thread.run(lambda: self._llm.init_weight_transfer_engine(info))
         except (RuntimeError, OSError) as error:
             raise WeightSyncError(
                 f"{self._name} could not join the weight sender at {group.address}:{group.port} within "
@@ -213,14 +219,18 @@ class GeneratorEngine:
             ) from error
 
     def receive_weights(self, manifest: WeightManifest, version: int) -> WeightReceipt:
-        """Take the sender's next weights as `version`; they stay unproven until `accept`.
+        """Take the sender's next weights as `version`; they stay unproven until `accept`. Chats give way.
 
         Raises:
-            WeightSyncError: the sender was lost or late, or vLLM could not load what came; names this engine.
+            WeightSyncError: the sender was lost or late, vLLM could not load what came, or rollouts were still being
+                sampled; names this engine.
         """
+        return self._thread.run(lambda: self._receive(manifest, version))
+
+    def _receive(self, manifest: WeightManifest, version: int) -> WeightReceipt:
         from trace_rl.workers.weight_receiver import update_info
 
-        self._proven_version = None
+        self._give_weights_up(version)
         try:
             self._llm.start_weight_update()
             self._llm.update_weights({"update_info": update_info(manifest)})
@@ -235,12 +245,17 @@ class GeneratorEngine:
     def load_adapter(self, adapter: Adapter, version: int) -> WeightReceipt:
         """Take low-rank adapters in place of those before, as `version`; they stay unproven until `accept`.
 
+        Chats give way, as for `receive_weights`.
+
         Raises:
-            WeightSyncError: vLLM could not load them; names this engine.
+            WeightSyncError: vLLM could not load them, or rollouts were still being sampled; names this engine.
         """
+        return self._thread.run(lambda: self._load(adapter, version))
+
+    def _load(self, adapter: Adapter, version: int) -> WeightReceipt:
         from vllm.lora.request import LoRARequest
 
-        self._proven_version = None
+        self._give_weights_up(version)
         folder = Path(self._adapter_folder.name)
         adapter.write(folder)
         name = f"policy-{version}"
@@ -259,6 +274,13 @@ class GeneratorEngine:
         self._forget_prefixes(version)
         return WeightReceipt(int(self._llm.get_weight_version()), adapter.digest())
 
+    def _give_weights_up(self, version: int) -> None:
+        """End all chats, so that an annotation that comes late neither delays nor breaks a sync."""
+        self._proven_version = None
+        self._is_as_loaded = False
+        reason = f"{self._name} did not finish a chat request before the weights of version {version} replaced its own"
+        self._thread.abort_all(_CHAT, ChatFault(reason, "timeout", is_final=True))
+
     def _forget_prefixes(self, version: int) -> None:
         if not self._llm.reset_prefix_cache():
             raise WeightSyncError(
@@ -268,49 +290,12 @@ class GeneratorEngine:
 
     def weight_receipt(self) -> WeightReceipt:
         """Version and digest of the weights that were received last."""
+        return self._thread.run(self._receipt)
+
+    def _receipt(self) -> WeightReceipt:
         digests = set(self._llm.collective_rpc("received_digest"))
         return WeightReceipt(int(self._llm.get_weight_version()), "+".join(sorted(digests)))
 
     def accept(self, version: int) -> None:
         """Declare the weights proven, so that rollouts may be sampled."""
-        self._proven_version = version
-
-
-def _adapter_settings(lora: Lora, model: Model) -> dict[str, Any]:
-    """Room for one adapter, of the least rank that vLLM has kernels for, beside all layers but the output head.
-
-    An adapter beside the head, even an empty one, breaks vLLM's log-probs of prompts: it is laid out for one row a
-    request.
-    """
-    from vllm.config.lora import MaxLoRARanks
-
-    return {
-        "enable_lora": True,
-        "max_loras": 1,
-        "max_lora_rank": min((rank for rank in get_args(MaxLoRARanks) if rank >= lora.rank), default=lora.rank),
-        "lora_target_modules": linear_names(model),
-    }
-
-
-def _cpu_settings(max_model_len: int) -> dict[str, Any]:
-    """Scheduler settings for CPUs.
-
-    A prompt is prefilled in one piece: vLLM 0.32 rewinds a seeded request's generator when it prefills only a part of
-    the prompt, which CPU generators cannot do: the engine dies once the prompts of a batch exceed its token budget.
-    Blocks are smaller than the default of 128 tokens because only whole blocks of a prompt are shared by its group.
-    """
-    return {
-        "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(_CPU_BATCH_TOKENS, max_model_len),
-        "block_size": _CPU_BLOCK_TOKENS,
-    }
-
-
-def _sampled_logprobs(logprobs: Any, token_ids: Sequence[int]) -> Float[np.ndarray, " time"]:
-    """Log-probs of the sampled tokens out of vLLM's flat table, which lists them first at each position."""
-    starts = logprobs.start_indices
-    if [logprobs.token_ids[start] for start in starts] != list(token_ids):
-        raise WorkerError(
-            "vLLM's log-prob table does not list the sampled tokens first; the vLLM version is unsupported"
-        )
-    return np.array([logprobs.logprobs[start] for start in starts], dtype=np.float32)
+        self._thread.run(lambda: setattr(self, "_proven_version", version))

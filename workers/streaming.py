@@ -6,13 +6,14 @@ holds up finished results nor slow calls hold up the producer. Calls are batched
 
 Invariants: every item comes out exactly once, in any order; a call that misses its deadline gives up its items as LATE,
 and so are all items that were not handed on by then, so a role that hangs costs one deadline and not one for each call;
-an error of the producer is raised as it is.
+all that is left after `drain_s` is LATE; an error of the producer is raised as it is.
 
 This module must not know what a role does or how it is reached: `Call.submit` returns a future.
 """
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -57,6 +58,8 @@ class Call(Generic[Item, Result]):
     """What it does, as an error names it: "grading"."""
     max_batch: int = 32
     max_in_flight: int = 4
+    drain_s: float = math.inf
+    """Once there are no more items, what is not served after so long is given up."""
 
 
 @dataclass(frozen=True)
@@ -84,14 +87,15 @@ def stream(items: Iterable[Item], call: Call[Item, Result]) -> Iterator[tuple[It
     puller.start()
     waiting: deque[Item] = deque()
     in_flight: dict[Future[Sequence[Result]], _InFlight[Item]] = {}
-    is_open, has_given_up = True, False
+    is_open, has_given_up, give_up_at = True, False, math.inf
     try:
         while is_open or waiting or in_flight:
-            for event in _next_events(events, in_flight, puller):
+            for event in _next_events(events, in_flight, puller, give_up_at):
                 if isinstance(event, _End):
                     is_open = False
                     if event.error is not None:
                         raise event.error
+                    give_up_at = time.monotonic() + call.drain_s
                 elif isinstance(event, Future):
                     served = in_flight.pop(event, None)
                     if served is not None:
@@ -100,7 +104,7 @@ def stream(items: Iterable[Item], call: Call[Item, Result]) -> Iterator[tuple[It
                     waiting.append(event[0])
                 else:
                     yield event[0], Unserved.SKIPPED
-            for future in _overdue(in_flight):
+            for future in list(in_flight) if give_up_at <= time.monotonic() else _overdue(in_flight):
                 has_given_up = True
                 yield from ((item, Unserved.LATE) for item in in_flight.pop(future).items)
             while waiting and has_given_up:
@@ -136,11 +140,15 @@ def _start(
 
 
 def _next_events(
-    events: queue.SimpleQueue[Any], in_flight: dict[Future[Sequence[Result]], _InFlight[Item]], puller: threading.Thread
+    events: queue.SimpleQueue[Any],
+    in_flight: dict[Future[Sequence[Result]], _InFlight[Item]],
+    puller: threading.Thread,
+    give_up_at: float,
 ) -> list[Any]:
     """All events that are there, after waiting for the first one until the next deadline."""
     if in_flight:
-        patience_s = max(0.0, min(served.deadline for served in in_flight.values()) - time.monotonic())
+        until = min(give_up_at, *(served.deadline for served in in_flight.values()))
+        patience_s = max(0.0, until - time.monotonic())
     else:
         patience_s = PRODUCER_CHECK_S
     was_alive = puller.is_alive()

@@ -1,14 +1,13 @@
-"""Settings of each role: the model, the data, and who samples, annotates, teaches, learns and syncs.
+"""Settings of each role: the model, the data, and who samples, grades, evaluates and syncs, where and how long.
 
 This module must not know how roles are started or where they run.
 """
 
 from __future__ import annotations
 
-import re
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from trace_rl.config.base import Section, check_fields
 from trace_rl.tasks.arithmetic import ArithmeticDifficulty
@@ -84,48 +83,6 @@ class Rewarder(Section):
     """Deadline of one response."""
 
 
-class Segmentation(Section):
-    """How a response is cut into the numbered segments that an annotator points at."""
-
-    boundary: str = r"\n\s*\n|\n|(?<=[.!?])\s+"
-    """Regular expression; a segment ends behind each match outside of math delimiters."""
-    min_tokens: int = Field(8, ge=1)
-    """Shorter pieces are merged with the next one."""
-    max_tokens: int = Field(128, ge=1)
-    """Longer pieces are split."""
-
-    @field_validator("boundary")
-    @classmethod
-    def _is_regular_expression(cls, boundary: str) -> str:
-        try:
-            re.compile(boundary)
-        except re.error as error:
-            raise ValueError(
-                f"annotator.segmentation.boundary {boundary!r} is not a regular expression ({error}); correct it"
-            ) from None
-        return boundary
-
-    @model_validator(mode="after")
-    def _limits_are_ordered(self) -> Segmentation:
-        if self.min_tokens > self.max_tokens:
-            raise ValueError(
-                f"annotator.segmentation.min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}; lower it"
-            )
-        return self
-
-
-class Annotator(Section):
-    type: Literal["oracle"] = "oracle"
-    """`oracle`: a rule instead of a model: the task's own where the data is a task, else the equation rule, which
-    checks every written `a op b = c`."""
-    segmentation: Segmentation = Segmentation()
-    coverage_cap: float = Field(0.25, gt=0, le=1)
-    """Largest share of a response's tokens that may be in spans (arXiv:2605.10194)."""
-    timeout_s: float = Field(60.0, gt=0)
-    """Deadline of one call, that is of up to 32 rollouts; those of a late call, and all that the step has left by then,
-    go to the policy gradient alone."""
-
-
 class Sync(Section):
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """Transport of the weights; `auto`: nccl where generator and learner both have GPUs, gloo otherwise."""
@@ -172,6 +129,8 @@ class Placement(Section):
     """Per rank."""
     rewarder: Resources = Resources()
     annotator: Resources = Resources(num_cpus=0.5)
+    annotator_engine: Resources = Resources()
+    """The engine of an annotator of the kinds static and frozen."""
 
 
 class Evaluation(Section):

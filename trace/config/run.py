@@ -10,11 +10,12 @@ import math
 from pydantic import model_validator
 
 from trace_rl.advantages import GroupAdvantage, LeaveOneOut
+from trace_rl.annotators import Frozen, Static
 from trace_rl.config.algorithm import Algorithm, Method
+from trace_rl.config.annotator import Annotator
 from trace_rl.config.base import Section
 from trace_rl.config.learner import LearnerSettings
 from trace_rl.config.roles import (
-    Annotator,
     Data,
     Evaluation,
     GeneratorSettings,
@@ -64,6 +65,17 @@ class RunConfig(Section):
         return any(route.span_classes(self.teacher.context) for route in self.algorithm.routes.values())
 
     @property
+    def reads_reflections(self) -> bool:
+        """Whether a teacher is told in the annotator's words what went wrong."""
+        contexts = [route.teacher_context(self.teacher.context) for route in self.algorithm.routes.values()]
+        return any("reflection" in context.pieces for context in contexts)
+
+    @property
+    def has_annotator_engine(self) -> bool:
+        """Whether the annotator is a model on an engine of its own."""
+        return self.needs_annotator and isinstance(self.annotator.backend.model, Static | Frozen)
+
+    @property
     def max_sequence_tokens(self) -> int:
         """Longest student sequence: prompt budget plus response budget."""
         return self.sampling.max_prompt_tokens + self.sampling.max_response_tokens
@@ -78,6 +90,7 @@ class RunConfig(Section):
             + roles.rewarder.num_cpus
             + (roles.teacher.num_cpus if self.needs_teacher else 0)
             + (roles.annotator.num_cpus if self.needs_annotator else 0)
+            + (roles.annotator_engine.num_cpus if self.has_annotator_engine else 0)
         )
         return max(1, math.ceil(total))
 

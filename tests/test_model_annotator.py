@@ -1,0 +1,248 @@
+"""A language model as an annotator: asks within its limits, pays once, and loses no more than spans."""
+
+import asyncio
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trace_rl.annotation import AnnotationRequest
+from trace_rl.annotators import Budget, Frozen, Limits, SelfAnnotation
+from trace_rl.batch import Prompt
+from trace_rl.errors import AnnotationError
+from trace_rl.segments import Segment
+from trace_rl.workers.annotation_cache import AnswerCache
+from trace_rl.workers.chat import ChatAnswer, ChatFault, ChatRequest
+from trace_rl.workers.model_annotator import ModelAnnotator, Telling
+
+TYPES = {"slip": "a wrong result", "gap": "a missing step"}
+GOOD = json.dumps({"spans": [{"start": 2, "end": 2, "type": "slip", "importance": 3}], "reflection": ""})
+LIMITS = Limits(concurrency=4, max_attempts=3, backoff_s=0.5, backoff_max_s=4.0, breaker_failures=100)
+SETTINGS = Frozen(path="m", limits=LIMITS, max_reply_tokens=100)
+TELLING = Telling(("answer",), lambda text: len(text) // 4, ())
+
+
+class Scripted:
+    """A model that says what the script has for its n-th request, n from 0; remembers what it was asked."""
+
+    identity = "scripted"
+
+    def __init__(self, script: Callable[[int, ChatRequest], str | ChatFault], delay_s: float = 0.0) -> None:
+        self._script, self._delay_s = script, delay_s
+        self.asked: list[ChatRequest] = []
+        self.most_at_once = self._at_once = 0
+
+    async def ask(self, request: ChatRequest, timeout_s: float) -> ChatAnswer:
+        number = len(self.asked)
+        self.asked.append(request)
+        self._at_once += 1
+        self.most_at_once = max(self.most_at_once, self._at_once)
+        await asyncio.sleep(self._delay_s)
+        self._at_once -= 1
+        said = self._script(number, request)
+        if isinstance(said, ChatFault):
+            raise said
+        return ChatAnswer(said, prompt_tokens=10, completion_tokens=5)
+
+    async def close(self) -> None: ...
+
+
+class Sleeper:
+    """Remembers how long was waited, and does not wait."""
+
+    def __init__(self) -> None:
+        self.slept: list[float] = []
+
+    async def __call__(self, seconds: float) -> None:
+        if seconds:
+            self.slept.append(seconds)
+        await asyncio.sleep(0)
+
+
+def request(text: str = "2 + 2 = 5", version: int = 0) -> AnnotationRequest:
+    segments = (Segment(1, 0, 4, "We add "), Segment(2, 4, 8, text))
+    return AnnotationRequest(Prompt("p", "Add two and two.", "4"), "error", segments, TYPES, 0.25, 9, version)
+
+
+def annotator(model: Scripted, folder: Path, settings: Any = SETTINGS, **options: Any) -> ModelAnnotator:
+    folder.mkdir(exist_ok=True)
+    given = {"run": "a run", "patience_s": 60.0, "sleep": Sleeper(), **options}
+    return ModelAnnotator(settings, model, TELLING, AnswerCache(folder / "answers.sqlite"), **given)
+
+
+def causes(results: Sequence[Any]) -> list[str]:
+    return [each.cause if isinstance(each, AnnotationError) else "answered" for each in results]
+
+
+async def ask_all(asked: ModelAnnotator, requests: Sequence[AnnotationRequest]) -> list[Any]:
+    return await asyncio.gather(*map(asked.answer, requests), return_exceptions=True)
+
+
+def test_an_answer_becomes_a_reply(tmp_path: Path) -> None:
+    model = Scripted(lambda number, asked: GOOD)
+    answer = asyncio.run(annotator(model, tmp_path).answer(request()))
+    assert [(span.start, span.end, span.type) for span in answer.reply.spans] == [(2, 2, "slip")]
+    assert answer.notes == {"malformed_spans": 0, "hidden_spans": 0, "elided_segments": 0, "repairs": 0}
+    (asked,) = model.asked
+    assert asked.max_tokens == 100
+    assert asked.schema["properties"]["spans"]["maxItems"] == 2  # there are no more segments
+
+
+def test_what_was_answered_is_asked_for_once_by_many_and_across_restarts(tmp_path: Path) -> None:
+    model = Scripted(lambda number, asked: GOOD, delay_s=0.01)
+    asked = annotator(model, tmp_path)
+    results = asyncio.run(ask_all(asked, [request(), request("3 + 3 = 7"), request(), request()]))
+    assert causes(results) == ["answered"] * 4 and len(model.asked) == 2
+    usage = asked.usage()
+    assert usage["annotation/requests"] == usage["annotation/shared"] == 2 and usage["annotation/cache_hits"] == 0
+
+    restarted = Scripted(lambda number, asked: GOOD)
+    again = annotator(restarted, tmp_path)
+    assert causes(asyncio.run(ask_all(again, [request(), request("3 + 3 = 7"), request("4")]))) == ["answered"] * 3
+    assert len(restarted.asked) == 1
+    assert again.usage()["annotation/cache_hits"] == 2
+    assert again.usage()["annotation/run_requests"] == 3  # of both lives of the run
+
+
+def test_only_a_policy_has_other_answers_at_another_version(tmp_path: Path) -> None:
+    frozen, policy = Scripted(lambda number, asked: GOOD), Scripted(lambda number, asked: GOOD)
+    own = SelfAnnotation(max_prompt_tokens=4096)
+    asyncio.run(ask_all(annotator(frozen, tmp_path), [request(version=1), request(version=2)]))
+    asyncio.run(ask_all(annotator(policy, tmp_path, own), [request(version=1), request(version=2)]))
+    assert len(frozen.asked) == 1
+    assert [asked.policy_version for asked in policy.asked] == [1, 2]
+
+
+def test_a_fault_is_tried_again_after_what_the_server_asks_for_or_the_backoff(tmp_path: Path) -> None:
+    """Try 1: Retry-After of 7 s; try 2: backoff 0.5 * 2 = 1 s, times 0.5 to 1; try 3 answers."""
+    faults = [ChatFault("slow down", "rate_limited", retry_after_s=7.0), ChatFault("broken", "server_error")]
+    model = Scripted(lambda number, asked: faults[number] if number < 2 else GOOD)
+    sleeper = Sleeper()
+    asked = annotator(model, tmp_path, sleep=sleeper)
+    assert causes(asyncio.run(ask_all(asked, [request()]))) == ["answered"]
+    assert sleeper.slept[0] == 7.0 and 0.5 <= sleeper.slept[1] <= 1.0 and len(sleeper.slept) == 2
+    usage = asked.usage()
+    assert usage["annotation/requests"] == 3 and usage["annotation/retries"] == 2
+    assert usage["annotation/faults/rate_limited"] == usage["annotation/faults/server_error"] == 1
+    assert usage["annotation/run_tokens"] == 15  # failed tries cost nothing but the request
+
+
+@pytest.mark.parametrize(
+    ("fault", "num_asked", "cause"),
+    [
+        (ChatFault("broken", "server_error"), 3, "server_error"),
+        (ChatFault("no such model", "refused", is_final=True), 1, "refused"),
+        (ChatFault("slow down", "rate_limited", retry_after_s=120.0), 1, "rate_limited"),  # beyond the patience
+    ],
+)
+def test_tries_end(tmp_path: Path, fault: ChatFault, num_asked: int, cause: str) -> None:
+    model = Scripted(lambda number, asked: fault)
+    assert causes(asyncio.run(ask_all(annotator(model, tmp_path), [request()]))) == [cause]
+    assert len(model.asked) == num_asked
+
+
+def test_an_answer_outside_of_the_protocol_is_sent_back_once(tmp_path: Path) -> None:
+    model = Scripted(lambda number, asked: "segment 2 is wrong" if number == 0 else GOOD)
+    answer = asyncio.run(annotator(model, tmp_path).answer(request()))
+    assert answer.notes["repairs"] == 1 and len(answer.reply.spans) == 1
+    first, second = model.asked
+    assert second.messages[: len(first.messages)] == first.messages
+    assert [message.role for message in second.messages[len(first.messages) :]] == ["assistant", "user"]
+
+    stubborn = Scripted(lambda number, asked: "no")
+    assert causes(asyncio.run(ask_all(annotator(stubborn, tmp_path), [request("5")]))) == ["unparsable"]
+    assert len(stubborn.asked) == 2
+    # both bad answers were paid for: a restart asks neither again
+    again = Scripted(lambda number, asked: GOOD)
+    assert causes(asyncio.run(ask_all(annotator(again, tmp_path), [request("5")]))) == ["unparsable"]
+    assert not again.asked
+
+    unrepaired = SETTINGS.model_copy(update={"repair": False})
+    once = Scripted(lambda number, asked: "no")
+    assert causes(asyncio.run(ask_all(annotator(once, tmp_path, unrepaired), [request("6")]))) == ["unparsable"]
+    assert len(once.asked) == 1
+
+
+def test_no_more_than_so_many_are_under_way(tmp_path: Path) -> None:
+    model = Scripted(lambda number, asked: GOOD, delay_s=0.01)
+    results = asyncio.run(ask_all(annotator(model, tmp_path), [request(str(number)) for number in range(20)]))
+    assert causes(results) == ["answered"] * 20 and model.most_at_once == 4
+
+
+def test_the_budget_ends_the_asking_across_restarts_and_stored_answers_stay(tmp_path: Path) -> None:
+    """Five requests; three were sent before the restart, so two more are after it."""
+    settings = SETTINGS.model_copy(update={"budget": Budget(requests=5)})
+    model = Scripted(lambda number, asked: GOOD)
+    first = annotator(model, tmp_path, settings)
+    assert causes(asyncio.run(ask_all(first, [request(str(number)) for number in range(3)]))) == ["answered"] * 3
+    assert not first.notices()
+    second = annotator(model, tmp_path, settings)
+    results = asyncio.run(ask_all(second, [request(str(number)) for number in range(8)]))
+    assert sorted(causes(results)) == ["answered"] * 5 + ["over_budget"] * 3
+    assert len(model.asked) == 5
+    (notice,) = second.notices()
+    assert "budget" in notice and not second.notices()
+
+
+def test_money_is_never_overspent_however_many_are_under_way(tmp_path: Path) -> None:
+    """A reply may cost up to 100 tokens of 1e-4, 0.01, and costs 5 tokens, 5e-4. The budget of 0.0121 covers one
+    request at a time, and after n answers a further one while n * 5e-4 <= 0.0021: five in all."""
+    budget = Budget(money=0.0121, price_per_million_completion_tokens=100.0)
+    settings = SETTINGS.model_copy(update={"budget": budget})
+    together = Scripted(lambda number, asked: GOOD, delay_s=0.01)
+    results = asyncio.run(ask_all(annotator(together, tmp_path / "a", settings), [request(str(n)) for n in range(8)]))
+    assert sorted(causes(results)) == ["answered"] + ["over_budget"] * 7
+
+    asked = annotator(Scripted(lambda number, asked: GOOD), tmp_path / "b", settings)
+
+    async def one_by_one() -> list[Any]:
+        return [(await ask_all(asked, [request(str(number))]))[0] for number in range(8)]
+
+    assert causes(asyncio.run(one_by_one())) == ["answered"] * 5 + ["over_budget"] * 3
+    assert asked.usage()["annotation/run_cost"] == pytest.approx(5 * 5e-4)
+
+
+def test_after_many_failures_nothing_is_sent_for_a_while(tmp_path: Path) -> None:
+    limits = LIMITS.model_copy(update={"breaker_failures": 3, "max_attempts": 1, "breaker_pause_s": 1000.0})
+    settings = SETTINGS.model_copy(update={"limits": limits})
+    model = Scripted(lambda number, asked: ChatFault("down", "unreachable"))
+
+    async def one_by_one(asked: ModelAnnotator) -> list[Any]:
+        return [(await ask_all(asked, [request(str(number))]))[0] for number in range(6)]
+
+    assert (
+        causes(asyncio.run(one_by_one(annotator(model, tmp_path, settings))))
+        == ["unreachable"] * 3 + ["circuit_open"] * 3
+    )
+    assert len(model.asked) == 3
+
+
+def test_an_answer_that_comes_too_late_is_stored_all_the_same(tmp_path: Path) -> None:
+    model = Scripted(lambda number, asked: GOOD, delay_s=0.3)
+    asked = annotator(model, tmp_path)
+
+    async def give_up_early() -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await asked.answer(request())
+        await asyncio.sleep(0.5)
+
+    asyncio.run(give_up_early())
+    again = Scripted(lambda number, asked: GOOD)
+    assert causes(asyncio.run(ask_all(annotator(again, tmp_path), [request()]))) == ["answered"]
+    assert not again.asked
+
+
+def test_a_response_too_long_for_the_model_is_shown_without_its_middle(tmp_path: Path) -> None:
+    """The reply names segments 1 to 40, of which the middle was not shown: it is dropped."""
+    reply = json.dumps({"spans": [{"start": 1, "end": 40, "type": "slip"}, {"start": 40, "end": 40, "type": "gap"}]})
+    model = Scripted(lambda number, asked: reply)
+    long = tuple(Segment(number, number, number + 1, "so " * 60) for number in range(1, 41))
+    asked = annotator(model, tmp_path, SETTINGS.model_copy(update={"max_prompt_tokens": 1200}))
+    answer = asyncio.run(asked.answer(AnnotationRequest(Prompt("p", "q", "4"), "error", long, TYPES, 0.25, 40)))
+    assert [span.start for span in answer.reply.spans] == [40]
+    assert answer.notes["hidden_spans"] == 1 and 0 < answer.notes["elided_segments"] < 40
+    (notice,) = asked.notices()
+    assert "not shown" in notice
