@@ -35,11 +35,12 @@ check: setup  ## lint, format, types, floors
 test: setup  ## every test that is not marked slow
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: setup $(SLOW)  ## the tests marked slow; installs a real 135 M model (98 MB) and reasoning-gym
+test-slow: setup $(SLOW)  ## the tests marked slow; installs a real 135 M model (98 MB), a tokenizer and reasoning-gym
 	$(BIN)/python -m pytest -m slow
 
 bench: setup  ## every benchmark in benchmarks/
 	$(BIN)/python benchmarks/pipeline_step.py
+	$(BIN)/python benchmarks/annotation_overlap.py
 	$(BIN)/python benchmarks/head_loss.py
 	$(BIN)/python benchmarks/learner_step.py
 

@@ -6,6 +6,7 @@ Works on the rollouts that a run has kept, with the same actor, cache and limits
 from __future__ import annotations
 
 import math
+import shlex
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -14,19 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from trace_rl.annotators import Backend, SelfAnnotation
+from trace_rl.annotators import Api, Backend, Frozen, Inverted, Random, Replay, SelfAnnotation
 from trace_rl.batch import GradedRollout, SpanClass
 from trace_rl.config.run import RunConfig
-from trace_rl.launch.annotation_cost import estimate
-from trace_rl.launch.annotation_report import Outcome, agreement_table, audit_table, cost_lines
+from trace_rl.errors import DataError
+from trace_rl.launch.annotation_cost import estimate, with_verdict
+from trace_rl.launch.annotation_report import Outcome, agreement_table, audit_table, cost_lines, num_answers
 from trace_rl.launch.annotators import ANNOTATOR, AnnotatorSetting, check_annotator, start_annotator, surroundings_of
 from trace_rl.launch.cluster import actor_of, ray_session
 from trace_rl.launch.model_files import load_tokenizer, resolve_model
 from trace_rl.launch.prompt_sources import annotation_types, error_rule
-from trace_rl.launch.rollout_dump import DumpedRollout, dump_files, read_dump
+from trace_rl.launch.rollout_dump import dump_files, read_dump, run_folder_of
 from trace_rl.launch.run_folder import RunFolder
-from trace_rl.workers.annotator import RayAnnotator, is_wanted
+from trace_rl.workers.annotator import RayAnnotator
 from trace_rl.workers.generator_engine import ENGINE_THREADS, GeneratorEngine
 from trace_rl.workers.token_reader import reader_of
 from trace_rl.workers.waiting import wait_for
@@ -44,16 +47,18 @@ class Recorded:
 
     @classmethod
     def read(cls, path: Path, limit: int) -> Recorded:
-        """At most `limit` of the rollouts that have a verdict; 0: all of them."""
-        dumped: list[DumpedRollout] = read_dump(dump_files(path))
-        graded = [item.graded for item in dumped if is_wanted(item.graded, _BOTH)]
+        """At most `limit` of the rollouts that have a verdict; 0: all of them.
+
+        Raises:
+            DataError: there is none, or a line cannot be read.
+        """
+        graded = with_verdict([item.graded for item in read_dump(dump_files(path))])
         return cls(path, graded[:limit] if limit else graded)
 
     @property
     def folder(self) -> Path:
         """Where the answers of models are stored: the run folder, so that a run's own answers are found again."""
-        folder = self.path if self.path.is_dir() else self.path.parent
-        return (folder.parent if folder.name == "rollouts" else folder).resolve()
+        return run_folder_of(self.path)
 
 
 def annotate(configs: Sequence[RunConfig], recorded: Recorded, out: Path | None, console: Console) -> list[Outcome]:
@@ -61,26 +66,30 @@ def annotate(configs: Sequence[RunConfig], recorded: Recorded, out: Path | None,
 
     Args:
         configs: differ in their annotator only; the first one is compared with the others.
-        out: file that the first annotator's replies are recorded in, for annotator.backend=replay.
+        out: new file that the first annotator's replies are recorded in, for annotator.backend=replay.
+
+    Raises:
+        TraceError: with one sentence for the user; answers of models that came before it are stored.
     """
     configs = [_resolved(config, recorded) for config in configs]
     for config in configs:
         check_annotator(config)
     if out is not None:
-        out.unlink(missing_ok=True)
         configs[0] = _recording(configs[0], out)
     with tempfile.TemporaryDirectory() as logs, ray_session(configs[0], Path(logs)):
-        outcomes = [_run(config, recorded) for config in configs]
+        outcomes = [_run(config, recorded, console) for config in configs]
     first = outcomes[0]
     console.print(audit_table(outcomes))
     for other in outcomes[1:]:
         console.print(agreement_table(first, other))
     if out is not None:
-        text = f"The replies of {first.name} are in {out}: annotator.backend='{{type: replay, path: {out}}}'"
-        console.print(text, highlight=False, soft_wrap=True)
-    num_answers = first.metrics.get("annotation/requests", 0.0)
-    if num_answers:
-        print_cost(configs[0], recorded, console, first.metrics["annotation/completion_tokens"] / num_answers)
+        text = (
+            f"The replies of {first.name} are in {out}; to use them: annotator.backend=replay "
+            f"annotator.backend.path={shlex.quote(str(out))}"
+        )
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    if answers := num_answers(first.metrics):
+        print_cost(configs[0], recorded, console, first.metrics["annotation/completion_tokens"] / answers)
     return outcomes
 
 
@@ -91,9 +100,12 @@ def print_cost(config: RunConfig, recorded: Recorded, console: Console, completi
         completion_tokens: of a measured answer, on average.
     """
     config = _resolved(config, recorded)
-    reader = reader_of(load_tokenizer(config.model))
-    cost = estimate(config, recorded.rollouts, reader, surroundings_of(_setting(config, recorded)), completion_tokens)
-    console.print("\n".join(cost_lines(config, cost, len(recorded.rollouts))), highlight=False, soft_wrap=True)
+    setting = _setting(config, recorded)
+    cost = estimate(
+        config, recorded.rollouts, reader_of(setting.tokenizer), surroundings_of(setting), completion_tokens
+    )
+    lines = cost_lines(config, cost, len(recorded.rollouts))
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
 def _resolved(config: RunConfig, recorded: Recorded) -> RunConfig:
@@ -102,31 +114,44 @@ def _resolved(config: RunConfig, recorded: Recorded) -> RunConfig:
     checkpoints = RunFolder(recorded.folder).complete_checkpoints()
     if isinstance(config.annotator.backend.model, SelfAnnotation) and checkpoints:
         model = model.model_copy(update={"path": str(checkpoints[-1][1] / "hf")})
-    # there is no step that waits
-    annotator = config.annotator.model_copy(update={"step_wait_s": math.inf})
+    # there is no step that waits, and the run's own recording is not added to
+    annotator = config.annotator.model_copy(update={"step_wait_s": math.inf, "record_path": None})
     return config.model_copy(update={"model": model, "annotator": annotator})
 
 
 def _recording(config: RunConfig, out: Path) -> RunConfig:
+    if out.exists():
+        raise DataError(f"{out} exists already, and a recording may have cost money; give --out another name")
+    if not out.absolute().parent.is_dir():
+        raise DataError(f"the folder of --out {out} does not exist; make it, or give a file in another one")
     annotator = config.annotator.model_copy(update={"record_path": str(out.resolve())})
     return config.model_copy(update={"annotator": annotator})
 
 
-def _run(config: RunConfig, recorded: Recorded) -> Outcome:
+def _run(config: RunConfig, recorded: Recorded, console: Console) -> Outcome:
+    name = _name(config.annotator.backend)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(f"{name}: starting", total=len(recorded.rollouts))
+        started = _start(config, recorded)
+        annotator = RayAnnotator(started[ANNOTATOR], config.annotator)
+        progress.update(task, description=f"{name}: annotating")
+        began = time.monotonic()
+        annotated = list(progress.track(annotator.annotate(recorded.rollouts, _BOTH), task_id=task))
+        duration_s = time.monotonic() - began
+        metrics = annotator.metrics()
+        _stop(started)
+    place = {id(item): number for number, item in enumerate(recorded.rollouts)}
+    return Outcome(name, sorted(annotated, key=lambda item: place[id(item.graded)]), metrics, duration_s)
+
+
+def _start(config: RunConfig, recorded: Recorded) -> dict[str, Any]:
+    """The annotator's actor and its engine, ready."""
     policy = _start_policy(config)
     started = {**policy, **start_annotator(_setting(config, recorded), list(policy.values()))}
     for role, actor in started.items():
         wait_for(actor.ready.remote(), config.placement.start_timeout_s, role, "starting")
-    annotator = RayAnnotator(started[ANNOTATOR], config.annotator)
-    began = time.monotonic()
-    annotated = list(annotator.annotate(recorded.rollouts, _BOTH))
-    duration_s = time.monotonic() - began
-    metrics = annotator.metrics()
-    _stop(started)
-    place = {id(item): number for number, item in enumerate(recorded.rollouts)}
-    return Outcome(
-        _name(config.annotator.backend), sorted(annotated, key=lambda item: place[id(item.graded)]), metrics, duration_s
-    )
+    return started
 
 
 def _setting(config: RunConfig, recorded: Recorded) -> AnnotatorSetting:
@@ -141,8 +166,14 @@ def _setting(config: RunConfig, recorded: Recorded) -> AnnotatorSetting:
 
 
 def _name(backend: Backend) -> str:
-    """How an annotator is called in tables: its kind, and what it is a control for or which model it asks."""
-    return " of ".join(part for part in (backend.type, getattr(getattr(backend, "of", None), "type", "")) if part)
+    """How an annotator is called in tables: its kind, and what tells it apart from others of its kind."""
+    if isinstance(backend, Random | Inverted):
+        return f"{backend.type} of {_name(backend.of)}"
+    if isinstance(backend, Api):
+        return f"{backend.type} {backend.name}"
+    if isinstance(backend, Frozen | Replay):
+        return f"{backend.type} {Path(backend.path).name}"
+    return backend.type
 
 
 def _start_policy(config: RunConfig) -> dict[str, Any]:
@@ -154,7 +185,7 @@ def _start_policy(config: RunConfig) -> dict[str, Any]:
         index=0,
         model=config.model,
         settings=config.generator,
-        max_model_len=settings.max_prompt_tokens + settings.max_reply_tokens,
+        max_model_len=settings.context_tokens,
         backend=transfer_backend(config.sync, config.placement),
         loaded_version=0,
     )

@@ -36,6 +36,21 @@ class Cost:
     """What the rate limit alone takes; 0 where there is none."""
 
 
+def with_verdict(rollouts: Sequence[GradedRollout]) -> list[GradedRollout]:
+    """The rollouts that can be annotated.
+
+    Raises:
+        DataError: there is none.
+    """
+    graded = [item for item in rollouts if is_wanted(item, _BOTH)]
+    if not graded:
+        raise DataError(
+            f"none of the {len(rollouts)} recorded rollouts has tokens and a verdict, so there is nothing to annotate; "
+            "give those of other steps, or of another run"
+        )
+    return graded
+
+
 def estimate(
     config: RunConfig,
     rollouts: Sequence[GradedRollout],
@@ -57,9 +72,7 @@ def estimate(
             f"annotator.backend is {config.annotator.backend.type}, which asks no model and costs nothing; set it to "
             "api, self, static or frozen to have its cost estimated"
         )
-    graded = [item for item in rollouts if is_wanted(item, _BOTH)]
-    if not graded:
-        raise DataError("no recorded rollout has a verdict and tokens; record others (logging.rollouts_every)")
+    graded = with_verdict(rollouts)
     counts: Counter[SpanClass] = Counter()
     tokens: Counter[SpanClass] = Counter()
     for item in graded:

@@ -1,7 +1,8 @@
-"""Starts the configured annotator, and checks before that it has what it needs: a key, a recording, room."""
+"""Starts the configured annotator, and checks before that it has what it needs: a key, a recording, a model, room."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ from trace_rl.config.roles import Model
 from trace_rl.config.run import RunConfig
 from trace_rl.errors import ConfigError, DataError
 from trace_rl.launch.cluster import actor_of
-from trace_rl.launch.model_files import resolve_model
+from trace_rl.launch.model_files import load_tokenizer, resolve_model
 from trace_rl.protocols import ErrorRule
-from trace_rl.workers.generator_engine import ENGINE_THREADS, GeneratorEngine
+from trace_rl.rule_annotators import read_recording
+from trace_rl.workers.generator_engine import CHAT_THREADS, ENGINE_THREADS, GeneratorEngine
 from trace_rl.workers.span_annotator import NO_KEY, SpanAnnotator, Surroundings
 from trace_rl.workers.token_reader import reader_of
 from trace_rl.workers.weight_sender import transfer_backend
@@ -28,36 +30,36 @@ ANNOTATOR = "the annotator"
 
 
 def check_annotator(config: RunConfig) -> None:
-    """Refuse an annotator whose key or recording is missing.
+    """Refuse an annotator that lacks its key, its recording, its model, or room in that.
+
+    Args:
+        config: with model.path resolved.
 
     Raises:
-        ConfigError, DataError: names the variable or the file.
+        ConfigError, DataError, ModelError: names the setting, and the variable or the file.
     """
-    if not config.needs_annotator:
-        return
     backend = config.annotator.backend
+    if backend.recording:
+        _check_recording(backend.recording)
     if isinstance(backend.model, Api):
         api_key(backend.model)
-    if backend.recording and not Path(backend.recording).expanduser().is_file():
-        raise DataError(
-            f"annotator.backend.path {backend.recording!r} is no file; give one that `trace-rl annotate --out` has "
-            "written"
-        )
+    elif backend.model is not None:
+        _check_engine(config, backend.model)
 
 
 def api_key(settings: LanguageModel | None) -> SecretStr:
     """The key of an API from the environment; none where the server asks for none.
 
     Raises:
-        ConfigError: the variable is not set; names it.
+        ConfigError: the variable is not set or empty; names it.
     """
     if not isinstance(settings, Api) or not settings.api_key_env:
         return NO_KEY
     key = os.environ.get(settings.api_key_env, "").strip()
     if not key:
         raise ConfigError(
-            f"annotator.backend.api_key_env names {settings.api_key_env}, which is not set in this environment; export "
-            "it before the start, or leave api_key_env out for a server without keys"
+            f"annotator.backend.api_key_env names {settings.api_key_env}, which is not set in this environment or "
+            "empty; export it before the start, or leave api_key_env out for a server without keys"
         )
     return SecretStr(key)
 
@@ -67,7 +69,17 @@ def self_annotation_tokens(config: RunConfig) -> int:
     model = config.annotator.backend.model
     if not config.needs_annotator or not isinstance(model, SelfAnnotation):
         return 0
-    return model.max_prompt_tokens + model.max_reply_tokens
+    return model.context_tokens
+
+
+def max_positions(model: Model) -> int | None:
+    """The longest sequence that a model was made for, as its config.json says; None for a hub name, whose engine checks
+    it after the download, and where nothing is said."""
+    file = Path(model.path) / "config.json"
+    if not file.is_file():
+        return None
+    limit: int | None = json.loads(file.read_text(encoding="utf-8")).get("max_position_embeddings")
+    return limit
 
 
 @dataclass(frozen=True)
@@ -94,42 +106,78 @@ def start_annotator(setting: AnnotatorSetting, policy_engines: Sequence[Any]) ->
     config = setting.config
     own = _start_engine(config)
     is_self = isinstance(config.annotator.backend.model, SelfAnnotation)
-    surroundings = surroundings_of(setting, policy_engines if is_self else list(own.values()))
+    engines = policy_engines if is_self else list(own.values())
+    surroundings = surroundings_of(setting, engines, api_key(config.annotator.backend.model))
     annotator = actor_of(SpanAnnotator, config.placement.annotator).remote(
         reader_of(setting.tokenizer), config.annotator, setting.rule, surroundings
     )
     return {**own, ANNOTATOR: annotator}
 
 
-def surroundings_of(setting: AnnotatorSetting, engines: Sequence[Any] = ()) -> Surroundings:
-    """What the annotator's actor is given of its run."""
+def surroundings_of(setting: AnnotatorSetting, engines: Sequence[Any] = (), key: SecretStr = NO_KEY) -> Surroundings:
+    """What the annotator's actor is given of its run; engines and key only where anyone is asked."""
     config = setting.config
     return Surroundings(
         types=setting.types,
         seed=config.run.seed,
         run=f"{setting.purpose} {setting.folder}",
         cache_path=str(_cache_file(config, setting.folder)),
-        key=api_key(config.annotator.backend.model),
+        key=key,
         asks_reflections=config.reads_reflections,
         engines=tuple(engines),
     )
 
 
+def _check_recording(path: str) -> None:
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise DataError(
+            f"annotator.backend.path {path!r} is no file; give one that `trace-rl annotate --out` has written"
+        )
+    read_recording(file)
+
+
+def _check_engine(config: RunConfig, settings: LanguageModel) -> None:
+    """Refuse a local model that cannot be asked, or not as much at once."""
+    model = _local_model(config, settings)
+    if isinstance(settings, Frozen):
+        load_tokenizer(model, "annotator.backend.path")
+    needed, limit = settings.context_tokens, max_positions(model)
+    if limit is not None and needed > limit:
+        raise ConfigError(
+            f"annotator.backend.max_prompt_tokens = {settings.max_prompt_tokens} and max_reply_tokens = "
+            f"{settings.max_reply_tokens} take {needed} tokens with what a chat template and a repair add, but "
+            f"{model.path}, which annotates, has max_position_embeddings = {limit}; lower the two together by "
+            f"{needed - limit}"
+        )
+    num_engines = config.generator.num_engines if isinstance(settings, SelfAnnotation) else 1
+    most = CHAT_THREADS * num_engines
+    if settings.limits.concurrency > most:
+        raise ConfigError(
+            f"annotator.backend.limits.concurrency is {settings.limits.concurrency}, but the {num_engines} engine(s) "
+            f"that annotate answer {most} requests at once, and the others would use up their deadline in a queue; "
+            f"lower it to {most}"
+        )
+
+
+def _local_model(config: RunConfig, settings: LanguageModel) -> Model:
+    """The model that annotates on an engine: the policy's, or another one."""
+    if not isinstance(settings, Frozen):
+        return config.model
+    frozen = Model(path=settings.path, dtype=settings.dtype, trust_remote_code=config.model.trust_remote_code)
+    return resolve_model(frozen, "annotator.backend.path")
+
+
 def _start_engine(config: RunConfig) -> dict[str, Any]:
     """The engine of an annotator that has one of its own."""
     settings = config.annotator.backend.model
-    if isinstance(settings, Static):
-        model = config.model
-    elif isinstance(settings, Frozen):
-        frozen = Model(path=settings.path, dtype=settings.dtype, trust_remote_code=config.model.trust_remote_code)
-        model = resolve_model(frozen, "annotator.backend.path")
-    else:
+    if not isinstance(settings, Static | Frozen):
         return {}
     engine = actor_of(GeneratorEngine, config.placement.annotator_engine, max_concurrency=ENGINE_THREADS).remote(
         index=config.generator.num_engines + 1,
-        model=model,
+        model=_local_model(config, settings),
         settings=config.generator,
-        max_model_len=settings.max_prompt_tokens + settings.max_reply_tokens,
+        max_model_len=settings.context_tokens,
         backend=transfer_backend(config.sync, config.placement),
         loaded_version=0,
     )

@@ -35,8 +35,7 @@ def train(arguments: Arguments) -> None:
     console = Console()
     try:
         config = _load(arguments)
-        if config.placement.ray_address == "local":
-            environment.protect_private_ray()
+        _protect_ray(config)
         from trace_rl.launch.train import run
 
         run(config, console)
@@ -69,7 +68,7 @@ def annotate(
         list[str] | None, typer.Option(metavar="BACKEND", help="Another annotator.backend to compare with, as YAML.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Record the replies in a file, for annotator.backend=replay.")
+        Path | None, typer.Option(help="Record the replies in a new file, for annotator.backend=replay.")
     ] = None,
     limit: Annotated[int, typer.Option(min=0, help="Annotate so many rollouts at most; 0: all of them.")] = 0,
     estimate: Annotated[bool, typer.Option(help="Ask nothing; tell what a whole run would take.")] = False,
@@ -78,10 +77,11 @@ def annotate(
     console = Console()
     try:
         files, overrides = split_arguments(arguments or [])
-        files = files or [(rollouts if rollouts.is_dir() else rollouts.parent.parent) / "config.yaml"]
-        given = [*map(str, files), *overrides]
-        configs = [_load(given), *(_load([*given, f"annotator.backend={other}"]) for other in against or [])]
-        environment.protect_private_ray()
+        given = [*map(str, files or [_config_beside(rollouts)]), *overrides]
+        # nothing of the run's own backend goes into another one
+        others = [[*given, "annotator.backend=", f"annotator.backend={other}"] for other in against or []]
+        configs = [_load(each) for each in (given, *others)]
+        _protect_ray(configs[0])
         from trace_rl.launch import annotate as offline
 
         recorded = offline.Recorded.read(rollouts, limit)
@@ -109,6 +109,19 @@ def _load(arguments: list[str]) -> RunConfig:
     from trace_rl.overlays import load_config
 
     return load_config(*split_arguments(arguments))
+
+
+def _config_beside(rollouts: Path) -> Path:
+    environment.apply()  # before numpy is imported
+    from trace_rl.launch.rollout_dump import config_of
+
+    return config_of(rollouts)
+
+
+def _protect_ray(config: RunConfig) -> None:
+    """Before Ray is imported; a cluster that is joined has a token of its own."""
+    if config.placement.ray_address == "local":
+        environment.protect_private_ray()
 
 
 def _fail(error: TraceError | str) -> NoReturn:

@@ -5,11 +5,9 @@ Each failure is one sentence with the place and a suggestion. `RunConfig`'s own 
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trace_rl.batch import Prompt, SpanClass
@@ -18,7 +16,7 @@ from trace_rl.config.run import RunConfig
 from trace_rl.config.teacher import External, Teacher
 from trace_rl.contexts import Context, extra_response_pieces
 from trace_rl.errors import ConfigError, DataError, ModelError
-from trace_rl.launch.annotators import check_annotator, self_annotation_tokens
+from trace_rl.launch.annotators import check_annotator, max_positions, self_annotation_tokens
 from trace_rl.launch.model_files import load_tokenizer, resolve_model
 from trace_rl.launch.prompt_sources import annotation_types, error_rule, open_source, peek
 from trace_rl.launch.trackers import check_installed
@@ -61,10 +59,11 @@ def check(config: RunConfig) -> Ready:
         ConfigError, DataError, ModelError: with one sentence for the user.
     """
     check_installed(config.logging)
-    check_annotator(config)
     config = config.model_copy(
         update={"model": resolve_model(config.model), "teacher": _resolved_teacher(config.teacher)}
     )
+    if config.needs_annotator:
+        check_annotator(config)
     prompts = open_source(config)
     tokenizer = load_tokenizer(config.model)
     _check_same_tokens(config, tokenizer)
@@ -93,12 +92,14 @@ def check(config: RunConfig) -> Ready:
     _check_prompts(config, encoder, training)
     _check_prompts(config, evaluated, heldout)
     longest_teacher = _longest_teacher_prompt(config, encoder, training)
-    max_model_len = max(config.max_sequence_tokens, self_annotation_tokens(config))
-    _check_positions(config.model, max(max_model_len, longest_teacher + config.sampling.max_response_tokens))
+    _check_positions(
+        config.model, max(config.max_sequence_tokens, longest_teacher + config.sampling.max_response_tokens)
+    )
     for context in _contexts(config):
         check_pair(encoder, first[0], context)
     vocab_size = vocabulary_size(config.model) if config.needs_teacher else 0
     canaries = tuple(encoder.student_ids(prompt) for prompt in (heldout or first)[:_NUM_CANARIES])
+    max_model_len = max(config.max_sequence_tokens, self_annotation_tokens(config))
     return Ready(config, tokenizer, prompts, encoder, rule, types, vocab_size, max_model_len, canaries)
 
 
@@ -211,14 +212,10 @@ def _longest_teacher_prompt(config: RunConfig, encoder: PromptEncoder, prompts: 
 
 def _check_positions(model: Model, needed: int) -> None:
     """Refuse sequences beyond the positions that the model was made for."""
-    file = Path(model.path) / "config.json"
-    if not file.is_file():  # a hub name: the engine checks it after the download
-        return
-    limit = json.loads(file.read_text(encoding="utf-8")).get("max_position_embeddings")
+    limit = max_positions(model)
     if limit is not None and needed > limit:
         raise ConfigError(
             f"the longest sequence (prompt with its privileged context, and response) may have {needed} tokens, but "
             f"{model.path} has max_position_embeddings = {limit}; lower sampling.max_prompt_tokens or "
-            "sampling.max_response_tokens, and with self-annotation annotator.backend.max_prompt_tokens or "
-            "max_reply_tokens"
+            "sampling.max_response_tokens"
         )

@@ -5,16 +5,28 @@ What is read back is enough to annotate a rollout again; it has neither prompt i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from trace_rl.batch import GradedRollout, Prompt, Rollout, RoutedRollout, Span, TrainingSequence
+from trace_rl.batch import (
+    FinishReason,
+    GradeCause,
+    GradedRollout,
+    Prompt,
+    Rollout,
+    RoutedRollout,
+    Span,
+    SpanClass,
+    TrainingSequence,
+)
 from trace_rl.errors import DataError
+
+_FOLDER = "rollouts"  # of a run folder
 
 
 @dataclass(frozen=True)
@@ -24,6 +36,54 @@ class DumpedRollout:
     graded: GradedRollout
     spans: tuple[Span, ...]
     """What the run's own annotator marked."""
+
+
+class _Span(BaseModel):
+    """A span in a record."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    start: int
+    end: int
+    span_class: SpanClass = Field(alias="class")
+    type: str
+    importance: float
+
+
+class _Record(BaseModel):
+    """What is read of a line; the rest of it is for people."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    prompt_id: str
+    sample: int
+    policy_version: int
+    question: str
+    answer: str
+    solution: str
+    metadata: dict[str, str]
+    response: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    reward: float
+    grade_cause: GradeCause
+    feedback: str
+    spans: tuple[_Span, ...]
+
+    def rollout(self) -> DumpedRollout:
+        """The rollout without what is not recorded."""
+        rollout = Rollout(
+            prompt=Prompt(self.prompt_id, self.question, self.answer, self.solution, self.metadata),
+            sample=self.sample,
+            prompt_token_ids=(),
+            token_ids=self.token_ids,
+            rollout_logprobs=np.full(len(self.token_ids), np.nan, dtype=np.float32),
+            finish_reason=self.finish_reason,
+            policy_version=self.policy_version,
+            text=self.response,
+        )
+        spans = tuple(Span(item.start, item.end, item.span_class, item.type, item.importance) for item in self.spans)
+        return DumpedRollout(GradedRollout(rollout, self.reward, self.grade_cause, self.feedback), spans)
 
 
 def record_of(item: RoutedRollout, sequence: TrainingSequence) -> dict[str, Any]:
@@ -66,6 +126,28 @@ def record_of(item: RoutedRollout, sequence: TrainingSequence) -> dict[str, Any]
     }
 
 
+def run_folder_of(path: Path) -> Path:
+    """The folder of the run whose dump this is, or that of a file which belongs to none."""
+    folder = (path.parent if path.is_file() else path).resolve()
+    return folder.parent if folder.name == _FOLDER and not (folder / _FOLDER).is_dir() else folder
+
+
+def config_of(path: Path) -> Path:
+    """The configuration of the run whose dump this is.
+
+    Raises:
+        DataError: there are no rollouts, or no configuration beside them.
+    """
+    dump_files(path)
+    file = run_folder_of(path) / "config.yaml"
+    if not file.is_file():
+        raise DataError(
+            f"{file} does not exist, so nothing is known of the run that wrote these rollouts; name its YAML files "
+            f"behind {path}"
+        )
+    return file
+
+
 def dump_files(path: Path) -> list[Path]:
     """The files of a dump: one file, or those of a run folder or its folder of rollouts, in the order of the steps.
 
@@ -74,11 +156,12 @@ def dump_files(path: Path) -> list[Path]:
     """
     if path.is_file():
         return [path]
-    files = sorted((path / "rollouts").glob("*.jsonl")) or sorted(path.glob("step-*.jsonl"))
+    files = sorted((path / _FOLDER).glob("step-*.jsonl")) or sorted(path.glob("step-*.jsonl"))
     if not files:
+        found = "holds no rollouts" if path.is_dir() else "does not exist"
         raise DataError(
-            f"{path} holds no rollouts; give a run folder (logging.rollouts_every decides which steps are kept), or a "
-            "JSONL file of its folder rollouts/"
+            f"{path} {found}; give a run folder (logging.rollouts_every decides which steps are kept), or a JSONL file "
+            "of its folder rollouts/"
         )
     return files
 
@@ -91,35 +174,15 @@ def read_dump(files: Sequence[Path]) -> list[DumpedRollout]:
     """
     found = []
     for file in files:
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        *lines, last = file.read_bytes().split(b"\n")  # not splitlines: a response may hold other ends of lines
+        for number, line in enumerate([*lines, last] if last else lines, start=1):
             try:
-                found.append(_rollout_of(json.loads(line)))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                found.append(_Record.model_validate_json(line).rollout())
+            except ValidationError as error:
+                first = error.errors()[0]
+                place = ".".join(map(str, first["loc"])) or "the whole"
                 raise DataError(
-                    f"{file}:{number} is not a rollout as trace-rl writes them ({type(error).__name__}: {error}); "
-                    "remove the line, or record the rollouts again with this version"
+                    f"{file}:{number} is not a rollout as trace-rl writes them ({place}: {first['msg']}); remove the "
+                    "line, or record the rollouts again with this version"
                 ) from error
     return found
-
-
-def _rollout_of(record: dict[str, Any]) -> DumpedRollout:
-    prompt = Prompt(
-        record["prompt_id"], record["question"], record["answer"], record["solution"], dict(record["metadata"])
-    )
-    token_ids = tuple(map(int, record["token_ids"]))
-    rollout = Rollout(
-        prompt=prompt,
-        sample=int(record["sample"]),
-        prompt_token_ids=(),
-        token_ids=token_ids,
-        rollout_logprobs=np.full(len(token_ids), np.nan, dtype=np.float32),
-        finish_reason=record["finish_reason"],
-        policy_version=int(record["policy_version"]),
-        text=record["response"],
-    )
-    graded = GradedRollout(rollout, float(record["reward"]), record["grade_cause"], record["feedback"])
-    spans = tuple(
-        Span(int(span["start"]), int(span["end"]), span["class"], span["type"], float(span["importance"]))
-        for span in record["spans"]
-    )
-    return DumpedRollout(graded, spans)

@@ -6,11 +6,11 @@ import pytest
 from pydantic import ValidationError
 
 from trace_rl.advantages import GroupAdvantage
-from trace_rl.segments import Segmentation
 from trace_rl.config.run import RunConfig
 from trace_rl.config.teacher import Periodic
 from trace_rl.contexts import Context
 from trace_rl.policy_gradients import Clipped, Gspo
+from trace_rl.segments import Segmentation
 
 
 def build(**sections: Any) -> RunConfig:

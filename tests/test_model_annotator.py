@@ -235,6 +235,26 @@ def test_an_answer_that_comes_too_late_is_stored_all_the_same(tmp_path: Path) ->
     assert not again.asked
 
 
+def test_what_a_step_has_given_up_takes_no_place_from_the_next_one(tmp_path: Path) -> None:
+    """Two places. Of six requests two are being answered when the step gives up: they are stored, the other four are
+    not sent; one of them is asked for again by the next step, and sent then."""
+    limits = LIMITS.model_copy(update={"concurrency": 2})
+    model = Scripted(lambda number, asked: GOOD, delay_s=0.2)
+    asked = annotator(model, tmp_path, SETTINGS.model_copy(update={"limits": limits}))
+
+    async def two_steps() -> tuple[list[Any], list[Any]]:
+        first = asyncio.gather(*(asked.answer(request(str(n))) for n in range(6)), return_exceptions=True)
+        await asyncio.sleep(0.1)
+        asked.give_up()
+        second = await ask_all(asked, [request("5"), request("7")])
+        return await first, second
+
+    first, second = asyncio.run(two_steps())
+    assert causes(first) == ["answered"] * 2 + ["timeout"] * 3 + ["answered"]  # the last one was asked for again
+    assert causes(second) == ["answered"] * 2
+    assert len(model.asked) == 4
+
+
 def test_a_response_too_long_for_the_model_is_shown_without_its_middle(tmp_path: Path) -> None:
     """The reply names segments 1 to 40, of which the middle was not shown: it is dropped."""
     reply = json.dumps({"spans": [{"start": 1, "end": 40, "type": "slip"}, {"start": 40, "end": 40, "type": "gap"}]})

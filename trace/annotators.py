@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
@@ -37,6 +37,8 @@ _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,63}")
 _OWN_FIELDS = frozenset(
     {"model", "messages", "stream", "n", "response_format", "max_tokens", "max_completion_tokens", "temperature"}
 )
+_TEMPLATE_TOKENS = 32
+_REPAIR_TOKENS = 640  # a bad answer of at most 400 characters, the remark on it, and the template
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,11 @@ class LanguageModel(Backend):
     budget: Budget = Budget()
 
     @property
+    def context_tokens(self) -> int:
+        """Longest chat with its answer, with room for what a chat template adds, and for an answer sent back."""
+        return self.max_prompt_tokens + self.max_reply_tokens + (_REPAIR_TOKENS if self.repair else _TEMPLATE_TOKENS)
+
+    @property
     def model(self) -> LanguageModel | None:
         return self
 
@@ -229,8 +236,8 @@ class Api(LanguageModel):
     @field_validator("base_url")
     @classmethod
     def _url_holds_no_secret(cls, url: str) -> str:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        parts = _split(url)
+        if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(
                 "annotator.backend.base_url is not of the form http://HOST/v1 or https://HOST/v1; correct it"
             )
@@ -241,10 +248,10 @@ class Api(LanguageModel):
             )
         return url.rstrip("/")
 
-    @field_validator("api_key_env")
+    @field_validator("api_key_env", mode="before")
     @classmethod
-    def _key_is_named(cls, name: str) -> str:
-        if name and not _VARIABLE.fullmatch(name):
+    def _key_is_named(cls, name: object) -> object:
+        if not isinstance(name, str) or (name and not _VARIABLE.fullmatch(name)):
             raise ValueError(  # without the value: it may be the key
                 "annotator.backend.api_key_env is not the name of an environment variable (capitals, digits and _); "
                 "put the key into a variable, for example ANNOTATOR_API_KEY, and give that name"
@@ -259,6 +266,16 @@ class Api(LanguageModel):
                 f"annotator.backend.extra_body sets {', '.join(taken)}, which the annotator sets itself; remove it"
             )
         return body
+
+
+def _split(url: str) -> SplitResult | None:
+    """The parts of an address; nothing where it has none, which `urlsplit` would tell with the address."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises where it is no number
+    except ValueError:
+        return None
+    return parts
 
 
 class SelfAnnotation(LanguageModel):

@@ -63,12 +63,16 @@ class RayAnnotator:
             drain_s=self._settings.step_wait_s,
         )
         graded_at: list[float] = []
+        is_late = False
         for item, answer in stream(_noting_the_end(graded, graded_at), call):
+            is_late |= answer is Unserved.LATE
             annotated = _annotated(item, answer)
             self._audit.count(annotated)
             if isinstance(answer, Annotation) and answer.detail and self._audit.num_failed == 1:
                 logger.warning("Rollout %s goes on without spans: %s", item.rollout.key, answer.detail)
             yield annotated
+        if is_late and model:
+            self._actor.give_up.remote()  # or the next step's rollouts would queue behind those of this one
         self._waited_s += time.monotonic() - graded_at[0] if graded_at else 0.0
 
     def metrics(self) -> dict[str, float]:

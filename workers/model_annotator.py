@@ -42,6 +42,15 @@ class Telling:
     special_tokens: Collection[str]
 
 
+class _Flight:
+    """A request under way, and the last round of rollouts that waits for it."""
+
+    task: asyncio.Task[ChatAnswer]
+
+    def __init__(self, round_: int) -> None:
+        self.round = round_
+
+
 class ModelAnnotator:
     """An `AnnotatorBackend` over a `ChatModel`.
 
@@ -74,7 +83,8 @@ class ModelAnnotator:
         self._breaker = CircuitBreaker(limits.breaker_failures, limits.breaker_pause_s)
         self._purse = Purse(settings.budget, cache.spent(run))
         self._jitter = random.Random(0)
-        self._under_way: dict[str, asyncio.Task[ChatAnswer]] = {}
+        self._under_way: dict[str, _Flight] = {}
+        self._round = 0
         self._counts: Counter[str] = Counter()
         self._seconds: list[float] = []
         self._said: set[str] = set()
@@ -144,6 +154,10 @@ class ModelAnnotator:
             usage["annotation/request_mean_s"] = math.fsum(seconds) / len(seconds)
         return usage
 
+    def give_up(self) -> None:
+        """The step has stopped waiting: what is being answered is stored when it comes, and nothing more is sent."""
+        self._round += 1
+
     def notices(self) -> list[str]:
         """What a user should hear, each once; since the last call."""
         notices, self._notices = self._notices, []
@@ -151,38 +165,40 @@ class ModelAnnotator:
 
     async def close(self) -> None:
         """Give up what is under way."""
-        for task in self._under_way.values():
-            task.cancel()
+        for flight in self._under_way.values():
+            flight.task.cancel()
         await self._chat.close()
 
     async def _ask(self, request: ChatRequest) -> ChatAnswer:
         """The answer to a request: stored, under way already, or new."""
         key = key_of(self._chat.identity, PROMPT_VERSION, request)
-        task = self._under_way.get(key)
-        if task is None:
+        flight = self._under_way.get(key)
+        if flight is None:
             if (stored := self._find(key)) is not None:
                 self._counts["cache_hits"] += 1
                 return stored
-            task = asyncio.create_task(self._send(key, request))
-            self._under_way[key] = task
-            task.add_done_callback(lambda done: self._finish(key, done))
+            flight = _Flight(self._round)
+            flight.task = asyncio.create_task(self._send(key, request, flight))
+            self._under_way[key] = flight
+            flight.task.add_done_callback(lambda done: self._finish(key, done))
         else:
+            flight.round = self._round
             self._counts["shared"] += 1
-        return await asyncio.shield(task)  # a rollout that stops waiting does not take the answer from the others
+        return await asyncio.shield(flight.task)  # a rollout that stops waiting does not take the answer from others
 
     def _finish(self, key: str, task: asyncio.Task[ChatAnswer]) -> None:
         del self._under_way[key]
         if not task.cancelled():
             task.exception()  # seen here, where no rollout waits for it any more
 
-    async def _send(self, key: str, request: ChatRequest) -> ChatAnswer:
+    async def _send(self, key: str, request: ChatRequest, flight: _Flight) -> ChatAnswer:
         """Try until there is an answer, another try cannot help, or nobody waits any more."""
         limits = self._settings.limits
         patience_ends = time.monotonic() + self._patience_s
         attempt = 1
         while True:
             try:
-                return await self._try(key, request)
+                return await self._try(key, request, flight)
             except ChatFault as fault:
                 self._counts[f"fault/{fault.cause}"] += 1
                 backoff_s = min(limits.backoff_max_s, limits.backoff_s * 2 ** (attempt - 1))
@@ -194,9 +210,11 @@ class ModelAnnotator:
             self._counts["retries"] += 1
             await self._sleep(wait_s)
 
-    async def _try(self, key: str, request: ChatRequest) -> ChatAnswer:
+    async def _try(self, key: str, request: ChatRequest, flight: _Flight) -> ChatAnswer:
         """One request within all limits; what it costs is booked before it is sent."""
         async with self._slots:
+            if flight.round < self._round:
+                raise AnnotationError("The step goes on without what was not answered in time.", "timeout")
             if not self._breaker.admit():
                 raise AnnotationError(
                     f"Nothing is sent to the annotator for {self._settings.limits.breaker_pause_s:g} s, because "
@@ -213,17 +231,17 @@ class ModelAnnotator:
                     "gradient alone where no answer is stored",
                 )
                 raise AnnotationError("The annotator's budget does not cover a further request.", "over_budget")
-            await self._sleep(self._bucket.reserve())
-            self._charge(Spent(requests=1))  # before it is sent: a run that is killed meanwhile has sent it
-            started = time.monotonic()
             try:
+                await self._sleep(self._bucket.reserve())
+                self._charge(Spent(requests=1))  # before it is sent: a run that is killed meanwhile has sent it
+                self._counts["requests"] += 1
+                started = time.monotonic()
                 answer = await self._chat.ask(request, self._settings.limits.request_timeout_s)
-            except ChatFault as fault:
-                if fault.cause == "too_long":
+            except BaseException as error:
+                if isinstance(error, ChatFault) and error.cause == "too_long":
                     self._breaker.succeeded()  # the server works
                 else:
                     self._breaker.failed()  # refusals too: a key that is not accepted is not accepted a second time
-                self._counts["requests"] += 1
                 booking.settle(0, 0)
                 raise
             self._breaker.succeeded()
@@ -231,7 +249,7 @@ class ModelAnnotator:
             num_sent = 1 + round(answer.notes.get("extra_requests", 0))
             spent = booking.settle(answer.prompt_tokens, answer.completion_tokens, num_sent)
             self._counts.update(
-                requests=num_sent, prompt_tokens=answer.prompt_tokens, completion_tokens=answer.completion_tokens
+                requests=num_sent - 1, prompt_tokens=answer.prompt_tokens, completion_tokens=answer.completion_tokens
             )
             return self._store(key, answer, replace(spent, requests=num_sent - 1))
 

@@ -131,6 +131,11 @@ class SpanAnnotator:
             notices += model.notices()
         return Usage(metrics, notices)
 
+    async def give_up(self) -> None:
+        """The step has stopped waiting for what is not annotated yet."""
+        for model in self._models:
+            model.give_up()
+
     async def close(self) -> None:
         for model in self._models:
             await model.close()
