@@ -131,7 +131,7 @@ def _recording(config: RunConfig, out: Path) -> RunConfig:
 def _run(config: RunConfig, recorded: Recorded, console: Console) -> Outcome:
     name = _name(config.annotator.backend)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"{name}: starting", total=len(recorded.rollouts))
         started = _start(config, recorded)
         annotator = RayAnnotator(started[ANNOTATOR], config.annotator)

@@ -9,7 +9,6 @@ import base64
 import json
 import shutil
 import sqlite3
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,14 +37,16 @@ KEY = "9vXqTz4LmW8cRb2NfKj7Hs5DgYp3QaEu6Zt1Vx0B"
 WRONG_KEY = "Ck8sWd3MzRq6TfJn1Lv5YbHg9PxKa2Ue7Do4Gi0S"
 STEPS = 4
 KILLED_STEP = 2
-COMPLETIONS = 32
+ANSWERS = 12
+"""So many of that step were given before the kill."""
+COMPLETIONS = 64
 CONCURRENCY = 16
 STEP_WAIT_S = 5.0
-PLAN = FaultPlan(seed=1, share=0.3, stall_s=10.0)
+PLAN = FaultPlan(seed=5, share=0.3, stall_s=10.0)
 RUN = [
     CONFIGS / "demo.yaml",
     CONFIGS / "methods/trace_both.yaml",
-    "sampling.prompts_per_step=8",
+    "sampling.prompts_per_step=16",
     "sampling.samples_per_prompt=4",
     "learner.world_size=1",
     "evaluation.every=0",
@@ -91,15 +92,10 @@ class Story:
     """Of the killed run's session of Ray."""
     leaks: list[Path]
     """Those that hold the key."""
-    elapsed_s: float
 
     @property
     def steps(self) -> list[dict[str, float]]:
         return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-
-    def rollouts(self, step: int) -> list[dict[str, Any]]:
-        dump = self.folder / "rollouts" / f"step-{step:06d}.jsonl"
-        return [json.loads(line) for line in dump.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -114,18 +110,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
 def story(server: VllmServer, tmp_path_factory: pytest.TempPathFactory) -> Story:
     cwd = tmp_path_factory.mktemp("story")
     folder = cwd / "run"
-    began = time.monotonic()
     with ChatServer(plan=PLAN, upstream=server.base_url) as proxy:
         arguments = ["train", *RUN, f"run.steps={STEPS}", "run.checkpoint_every=1", backend(proxy.base_url)]
         arguments += [f"annotator.step_wait_s={STEP_WAIT_S}", "run.resume=auto"]
         with WatchedRun(arguments, cwd, {VARIABLE: KEY}) as killed:
             checkpoint = folder / "checkpoints" / f"step-{KILLED_STEP:06d}" / "trainer.json"
             killed.wait_until(checkpoint.exists, "at its third step", 300)
-            at_checkpoint = len(proxy.records)
             jobs = killed.ray_jobs()
-            killed.wait_until(
-                lambda: sum(map(is_answered, proxy.records[at_checkpoint:])) >= 8, "eight answers later", 60
-            )
+            earlier = {item["question"] for step in range(KILLED_STEP) for item in rollouts(folder, step)}
+            killed.wait_until(lambda: num_new(proxy.records, earlier) >= ANSWERS, "answered so often", 60)
             killed.kill()
             before = list(proxy.records)
             stored = set(answers(folder, cwd / "after-kill"))
@@ -143,8 +136,21 @@ def story(server: VllmServer, tmp_path_factory: pytest.TempPathFactory) -> Story
             jobs,
             ray_files,
             leaks,
-            time.monotonic() - began,
         )
+
+
+def rollouts(folder: Path, step: int) -> list[dict[str, Any]]:
+    dump = folder / "rollouts" / f"step-{step:06d}.jsonl"
+    return [json.loads(line) for line in dump.read_text(encoding="utf-8").splitlines()]
+
+
+def num_new(records: list[Record], earlier: set[str]) -> int:
+    """Answers to other questions than those of earlier steps."""
+    return sum(is_answered(record) and not is_about(record, earlier) for record in records)
+
+
+def is_about(record: Record, questions: set[str]) -> bool:
+    return json.loads(record.body["messages"][1]["content"])["problem"] in questions
 
 
 def is_answered(record: Record) -> bool:
@@ -216,10 +222,10 @@ def test_the_server_refuses_another_key_and_the_fault_does_not_tell_it(server: V
 def test_a_run_ends_well_although_three_requests_in_ten_fail_in_every_way(story: Story) -> None:
     records = story.before + story.after
     faults = Counter(record.fault for record in records if record.fault)
-    print(f"{len(records)} requests in {story.elapsed_s:.0f} s, faults {dict(faults)}")
+    print(f"{len(records)} requests, faults {dict(faults)}")
     assert set(faults) == set(PLAN.kinds)
-    # at least 100 requests: 0.3 +- 4 standard deviations of at most 0.046
-    assert len(records) > 100 and 0.1 < faults.total() / len(records) < 0.5
+    # 0.3 +- 4 standard deviations of at most 0.035
+    assert len(records) > 150 and 0.16 < faults.total() / len(records) < 0.44
     assert [record["step"] for record in story.steps] == [0, 1, 2, 3]
     assert all(record["learner/skipped_steps"] == 0 for record in story.steps if "learner/skipped_steps" in record)
     assert all(record["route/key_spans/selected_frac"] > 0 for record in story.steps)
@@ -236,7 +242,7 @@ def test_no_step_waits_past_its_deadline(story: Story) -> None:
 def test_every_rollout_is_annotated_or_failed_with_a_cause(story: Story) -> None:
     total: Counter[str] = Counter()
     for record in story.steps:
-        causes = Counter(item["annotation_cause"] for item in story.rollouts(int(record["step"])))
+        causes = Counter(item["annotation_cause"] for item in rollouts(story.folder, int(record["step"])))
         assert causes.total() == record["sampling/completions"] == COMPLETIONS
         failed = {cause: count for cause, count in causes.items() if cause not in ("annotated", "not_requested")}
         assert failed == by_cause(record, "annotation/failed/")
@@ -266,8 +272,8 @@ def test_every_answer_that_was_stored_follows_the_schema_that_was_sent(story: St
 
 
 def test_nothing_that_was_answered_is_requested_again_after_a_kill_and_a_resume(story: Story) -> None:
-    questions = {item["question"] for item in story.rollouts(KILLED_STEP)}
-    assert len(questions) == 8
+    questions = {item["question"] for item in rollouts(story.folder, KILLED_STEP)}
+    assert len(questions) == 16
     redone = {key_of_record(record) for record in story.before if is_about(record, questions)}
     asked_again = {key_of_record(record) for record in story.after}
     delivered = {key_of_record(record) for record in story.before if is_answered(record)}
@@ -279,14 +285,10 @@ def test_nothing_that_was_answered_is_requested_again_after_a_kill_and_a_resume(
     assert not asked_again & story.stored
     assert len(delivered - story.stored) <= CONCURRENCY
     assert story.stored <= {key_of_record(record) for record in story.before}
-    # the step that is done again asks the same: what was stored is found, and all else is sent
-    assert len(redone & story.stored) >= 8 - CONCURRENCY // 4
-    assert first["annotation/cache_hits"] >= len(redone & story.stored)
-    assert redone - story.stored and redone - story.stored <= asked_again
-
-
-def is_about(record: Record, questions: set[str]) -> bool:
-    return json.loads(record.body["messages"][1]["content"])["problem"] in questions
+    # the step that is done again has the same rollouts: what was stored is found, what was under way is asked again
+    assert len(redone & delivered) >= ANSWERS
+    assert first["annotation/cache_hits"] >= len(redone & story.stored) > 0
+    assert asked_again & (redone - story.stored)
 
 
 def test_the_key_reaches_the_server_and_nothing_else(story: Story) -> None:
@@ -304,26 +306,38 @@ def test_the_key_reaches_the_server_and_nothing_else(story: Story) -> None:
     assert "RAY_USAGE_STATS_ENABLED" in story.jobs and VARIABLE in story.jobs
     shown = [story.jobs, story.printed, *story.commands]
     assert not any(form.decode() in text for text in shown for form in forms_of(KEY))
-    assert files_with_key_in_disguise(story.folder.parent)
 
 
-def files_with_key_in_disguise(folder: Path) -> bool:
-    """Whether the search would have found the key."""
-    disguised = folder / "disguise"
-    disguised.mkdir()
+def test_the_search_for_the_key_sees_through_disguises(tmp_path: Path) -> None:
     for shift in range(4):
-        (disguised / str(shift)).write_bytes(base64.b64encode(b"x" * shift + KEY.encode() + b"xyz"))
-    (disguised / "half").write_text(f"Bearer {KEY[:20]}...")
-    files, found = files_with(disguised, forms_of(KEY))
-    return len(found) == len(files) == 5
+        (tmp_path / str(shift)).write_bytes(base64.b64encode(b"x" * shift + KEY.encode() + b"xyz"))
+    (tmp_path / "first half").write_text(f"Bearer {KEY[:20]}...")
+    (tmp_path / "second half").write_text(f"...{KEY[20:]}")
+    (tmp_path / "another key").write_text(WRONG_KEY)
+    files, found = files_with(tmp_path, forms_of(KEY))
+    assert [path.name for path in files if path not in found] == ["another key"]
 
 
+def test_a_traceback_out_of_the_annotator_does_not_hold_the_key(story: Story, tmp_path: Path) -> None:
+    """It cannot open its file of answers; Ray writes its traceback to the logs of the session."""
+    cache = tmp_path / "notes.txt"
+    cache.write_text("this is the file of another program")
+    with WatchedRun(["annotate", story.folder, f"annotator.cache_path={cache}"], tmp_path, {VARIABLE: KEY}) as run:
+        traceback = [b"workers/span_annotator.py", b"cannot be kept in"]
+        run.wait_until(lambda: all(files_with(run.temporary, [part])[1] for part in traceback), "stopped", 120)
+        _, leaks = files_with(run.temporary, forms_of(KEY))
+        assert run.wait(60) == 1
+    assert "the annotator died while starting" in run.printed and "cannot be kept in" in run.printed
+    assert leaks == [] and not any(form.decode() in text for text in [run.printed, *run.seen] for form in forms_of(KEY))
+
+
+@pytest.mark.slow
 def test_a_run_that_fails_does_not_tell_its_key(server: VllmServer, tmp_path: Path) -> None:
     """The server refuses every request; then the annotator dies, and the run ends with a traceback in its log."""
     arguments = ["train", *RUN, "run.steps=1000", "run.checkpoint_every=0", backend(server.base_url)]
     metrics = tmp_path / "run" / "metrics.jsonl"
     with WatchedRun(arguments, tmp_path, {VARIABLE: WRONG_KEY}) as run:
-        run.wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, "after two steps", 300)
+        run.wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, "past its second step", 300)
         run.kill_one("ray::SpanAnnotator")
         assert run.wait(120) == 1
         printed, commands = run.printed, run.seen

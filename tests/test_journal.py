@@ -62,7 +62,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 def make_rollout(sample: int) -> RoutedRollout:
     rollout = Rollout(
-        prompt=Prompt("p", "größer?", "7"),
+        prompt=Prompt("p", "größer?", "7", "4 + 3 = 7", {"task": "sums"}),
         sample=sample,
         prompt_token_ids=(1, 2),
         token_ids=(5, 6, 7),
@@ -182,6 +182,8 @@ def test_stored_rollouts_show_what_was_routed(tmp_path: Path) -> None:
         "policy_version": 4,
         "question": "größer?",
         "answer": "7",
+        "solution": "4 + 3 = 7",
+        "metadata": {"task": "sums"},
         "response": "größer",
         "token_ids": [5, 6, 7],
         "finish_reason": "stop",
@@ -191,7 +193,7 @@ def test_stored_rollouts_show_what_was_routed(tmp_path: Path) -> None:
         "feedback": "",
         "annotation_cause": "annotated",
         "reflection": "",
-        "spans": [{"start": 1, "end": 3, "class": "key", "type": "arith"}],
+        "spans": [{"start": 1, "end": 3, "class": "key", "type": "arith", "importance": 1.0}],
         "pg_weight": [1.0, 0.25, 0.25],
         "token_advantages": [0.5, 0.5, 0.75],
         "routes": [{"route": 0, "weight": 0.375, "positions": [1, 2]}],

@@ -167,6 +167,45 @@ def test_positions_count_the_response_and_the_teachers_context(configure: Config
     assert "may have 413 tokens" in refusal(routed, ConfigError)
 
 
+def annotated_by(kind: str, **settings: Any) -> dict[str, dict[str, Any]]:
+    """256 + 128 tokens, and 640 for a repair: 1024."""
+    backend = {"type": kind, "max_prompt_tokens": 256, "max_reply_tokens": 128, **settings}
+    return {"algorithm": {"routes": {"r": ROUTE}}, "annotator": {"backend": backend}}
+
+
+def test_engines_that_annotate_hold_the_annotations_too(configure: Configure, tmp_path: Path) -> None:
+    folder = {"path": str(write_model(tmp_path / "long", positions=1024))}
+    # a policy that annotates itself: max(60 + 100, 1024); the other kinds have an engine of their own
+    assert check(configure(model=folder, **annotated_by("self"))).max_model_len == 1024
+    assert check(configure(model=folder, **annotated_by("static"))).max_model_len == 160
+    assert check(configure(model=folder, **{**annotated_by("self"), "algorithm": {}})).max_model_len == 160
+
+
+@pytest.mark.parametrize("kind", ["self", "static", "frozen"])
+def test_annotations_must_fit_the_model_that_annotates(configure: Configure, tmp_path: Path, kind: str) -> None:
+    short = str(write_model(tmp_path / "short", positions=1023))
+    annotating = annotated_by(kind, **({"path": short} if kind == "frozen" else {}))
+    model = {} if kind == "frozen" else {"path": short}
+    message = refusal(configure(model=model, **annotating), ConfigError)
+    assert message.startswith("annotator.backend.max_prompt_tokens = 256 and max_reply_tokens = 128 take 1024 tokens")
+    assert f"{short}, which annotates, has max_position_embeddings = 1023; lower the two together by 1" in message
+    check(configure(model=model, **{**annotating, "algorithm": {}}))  # nobody annotates
+
+
+def test_an_annotator_is_refused_early_where_it_is_asked(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_SUCH_VARIABLE", raising=False)
+    api = {"type": "api", "base_url": "https://host/v1", "name": "m", "api_key_env": "NO_SUCH_VARIABLE"}
+    bad: list[tuple[dict[str, Any], type[TraceError], str]] = [
+        (api, ConfigError, "names NO_SUCH_VARIABLE, which is not set"),
+        ({"type": "replay", "path": "gone.jsonl"}, DataError, "annotator.backend.path 'gone.jsonl' is no file"),
+        ({"type": "frozen", "path": "./gone"}, ModelError, "annotator.backend.path './gone' is not a folder"),
+    ]
+    for backend, kind, sentence in bad:
+        annotator = {"backend": backend}
+        assert sentence in refusal(configure(annotator=annotator, algorithm={"routes": {"r": ROUTE}}), kind)
+        check(configure(annotator=annotator))  # nobody annotates
+
+
 def test_a_tokenizer_without_a_chat_template_is_refused(configure: Configure, tmp_path: Path) -> None:
     folder = write_model(tmp_path / "plain", template=None)
     message = refusal(configure(model={"path": str(folder)}), ModelError)

@@ -95,11 +95,15 @@ class WatchedRun:
         return found
 
     def wait_until(self, is_so: Callable[[], bool], what: str, timeout_s: float) -> None:
-        """Wait for something that happens while the command runs."""
+        """Wait for something that happens while the command runs.
+
+        Args:
+            what: completes "the run was not ...".
+        """
         deadline = time.monotonic() + timeout_s
         while not is_so():
-            assert self._process.poll() is None, f"the run ended before {what}:\n{self.printed}"
-            assert time.monotonic() < deadline, f"not {what} within {timeout_s:g} s:\n{self.printed}"
+            assert self._process.poll() is None, f"the run ended before it was {what}:\n{self.printed}"
+            assert time.monotonic() < deadline, f"the run was not {what} within {timeout_s:g} s:\n{self.printed}"
             time.sleep(0.01)
 
     def wait(self, timeout_s: float) -> int:
@@ -159,8 +163,12 @@ def forms_of(secret: str) -> list[bytes]:
 def files_with(folder: Path, forms: Sequence[bytes]) -> tuple[list[Path], list[Path]]:
     """(all regular files below a folder, those that hold one of the forms)."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return files, [path for path in files if _holds(path.read_bytes(), forms)]
+    return files, [path for path in files if _holds(path, forms)]
 
 
-def _holds(content: bytes, forms: Sequence[bytes]) -> bool:
+def _holds(path: Path, forms: Sequence[bytes]) -> bool:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:  # a process that runs has removed it
+        return False
     return any(form in content for form in forms)
