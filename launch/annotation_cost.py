@@ -92,7 +92,7 @@ def estimate(
         completion_tokens=replies,
         is_measured=completion_tokens is not None,
         money=budget.cost(prompt_tokens, replies),
-        minutes_at_rate=rate / requests if rate else 0.0,
+        minutes_at_rate=requests / rate if rate else 0.0,
     )
 
 

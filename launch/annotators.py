@@ -22,11 +22,13 @@ from trace_rl.protocols import ErrorRule
 from trace_rl.rule_annotators import read_recording
 from trace_rl.workers.generator_engine import CHAT_THREADS, ENGINE_THREADS, GeneratorEngine
 from trace_rl.workers.span_annotator import NO_KEY, SpanAnnotator, Surroundings
-from trace_rl.workers.token_reader import reader_of
+from trace_rl.workers.token_reader import TokenReader, reader_of
 from trace_rl.workers.weight_sender import transfer_backend
 
 ANNOTATOR = "the annotator"
 """Name of the annotator's actor, as errors give it."""
+_MAX_RESTARTS = 3
+"""Deaths of the actor in a run that Ray makes good; after that its rollouts go without spans, and a warning says so."""
 
 
 def check_annotator(config: RunConfig) -> None:
@@ -108,7 +110,7 @@ def start_annotator(setting: AnnotatorSetting, policy_engines: Sequence[Any]) ->
     is_self = isinstance(config.annotator.backend.model, SelfAnnotation)
     engines = policy_engines if is_self else list(own.values())
     surroundings = surroundings_of(setting, engines, api_key(config.annotator.backend.model))
-    annotator = actor_of(SpanAnnotator, config.placement.annotator).remote(
+    annotator = actor_of(SpanAnnotator, config.placement.annotator, max_restarts=_MAX_RESTARTS).remote(
         reader_of(setting.tokenizer), config.annotator, setting.rule, surroundings
     )
     return {**own, ANNOTATOR: annotator}
@@ -125,7 +127,16 @@ def surroundings_of(setting: AnnotatorSetting, engines: Sequence[Any] = (), key:
         key=key,
         asks_reflections=config.reads_reflections,
         engines=tuple(engines),
+        reader=_reader(config),
     )
+
+
+def _reader(config: RunConfig) -> TokenReader | None:
+    """The tokenizer of a local model that annotates, where it is not the policy's."""
+    settings = config.annotator.backend.model
+    if not isinstance(settings, Frozen):
+        return None
+    return reader_of(load_tokenizer(_local_model(config, settings), "annotator.backend.path"))
 
 
 def _check_recording(path: str) -> None:
@@ -164,7 +175,7 @@ def _local_model(config: RunConfig, settings: LanguageModel) -> Model:
     """The model that annotates on an engine: the policy's, or another one."""
     if not isinstance(settings, Frozen):
         return config.model
-    frozen = Model(path=settings.path, dtype=settings.dtype, trust_remote_code=config.model.trust_remote_code)
+    frozen = Model(path=settings.path, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code)
     return resolve_model(frozen, "annotator.backend.path")
 
 
@@ -176,7 +187,7 @@ def _start_engine(config: RunConfig) -> dict[str, Any]:
     engine = actor_of(GeneratorEngine, config.placement.annotator_engine, max_concurrency=ENGINE_THREADS).remote(
         index=config.generator.num_engines + 1,
         model=_local_model(config, settings),
-        settings=config.generator,
+        settings=settings.engine,
         max_model_len=settings.context_tokens,
         backend=transfer_backend(config.sync, config.placement),
         loaded_version=0,

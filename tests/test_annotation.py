@@ -162,6 +162,22 @@ def test_a_reflection_tells_what_went_wrong_and_not_where(said: str, kept: str) 
     assert readable_reflection(AnnotationReply(spans=(), reflection=said), request()) == kept
 
 
+@pytest.mark.parametrize(
+    ("said", "is_kept"),
+    [
+        ("Ben buys four times as many apples.", False),  # 16 characters and more of the reference solution
+        ("ben  BUYS four times as many", False),
+        ("The answer should be thirty-six.", False),
+        ("The answer should be Thirty-Six, not less.", False),
+        ("A step was left out.", True),
+    ],
+)
+def test_a_reflection_tells_nothing_of_the_solution(said: str, is_kept: bool) -> None:
+    prompt = Prompt("p", "question", "thirty-six", "First, Ben buys four times as many apples as Ann.")
+    asked = AnnotationRequest(prompt, "error", SEGMENTS, TYPES, 1.0)
+    assert readable_reflection(AnnotationReply(spans=(), reflection=said), asked) == (said if is_kept else "")
+
+
 def test_the_oracle_reflects_on_the_first_error_in_the_words_of_its_type() -> None:
     text = "Step 1: 47 + 38 = 86\nStep 2: 86 - 15 = 71\n\\boxed{71}"
     token_text = TokenText(text, tuple(range(len(text) + 1)))

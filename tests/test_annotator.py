@@ -12,7 +12,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from trace_rl.batch import AnnotatedRollout, FinishReason, GradeCause, GradedRollout, Prompt, Rollout, SpanClass
 from trace_rl.config.annotator import Annotator
-from trace_rl.errors import WorkerError
 from trace_rl.segments import Segmentation
 from trace_rl.tasks.arithmetic import ArithmeticRule
 from trace_rl.workers.annotator import RayAnnotator
@@ -192,8 +191,8 @@ def test_a_hugging_face_tokenizer_is_reduced_to_its_core() -> None:
 
 
 @pytest.mark.engine
-def test_over_ray(local_ray: None) -> None:
-    """A real actor: results stream while the producer goes on, it needs no torch, and its death is named."""
+def test_over_ray(local_ray: None, caplog: pytest.LogCaptureFixture) -> None:
+    """A real actor: results stream while the producer goes on, it needs no torch, and its death costs spans only."""
     import ray
 
     class Observed(SpanAnnotator):
@@ -220,5 +219,27 @@ def test_over_ray(local_ray: None) -> None:
         assert texts(item)[0] == (("85", "key", "arith") if item.graded.is_correct else ("86", "error", "arith"))
     assert not {"torch", "transformers"} & set(ray.get(actor.modules.remote(), timeout=60))
     ray.kill(actor)
-    with pytest.raises(WorkerError, match="the annotator died while annotating"):
-        list(role.annotate(produce(), BOTH))
+    left = list(role.annotate(produce(), BOTH))
+    assert [(item.cause, item.spans) for item in left] == [("unreachable", ())] * 40
+    assert role.metrics()["annotation/failed/unreachable"] == 40.0
+    assert caplog.text.count("the annotator's actor has died") == 1
+
+
+@pytest.mark.engine
+def test_an_actor_that_dies_is_started_again(local_ray: None) -> None:
+    """A response that kills the process costs its own spans; Ray starts another one for the rollouts that follow."""
+    import os
+
+    import ray
+
+    class Deadly(ArithmeticRule):
+        def key_spans(self, prompt: Prompt, text: str) -> Sequence[tuple[int, int, str, float]]:
+            return super().key_spans(prompt, text) if "deadly" not in text else os._exit(1)
+
+    remote = ray.remote(SpanAnnotator).options(num_cpus=0.5, max_restarts=1)
+    role = RayAnnotator(remote.remote(CoreReader(TOKENIZER), SETTINGS, Deadly(), SURROUNDINGS), SETTINGS)
+    assert [item.cause for item in role.annotate([graded("deadly", 1.0)], BOTH)] == ["unreachable"]
+    started = time.monotonic()
+    while [item.cause for item in role.annotate([graded(RIGHT, 1.0)], BOTH)] != ["annotated"]:
+        assert time.monotonic() - started < 60
+        time.sleep(0.2)

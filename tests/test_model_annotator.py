@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from trace_rl.segments import Segment
 from trace_rl.workers.annotation_cache import AnswerCache
 from trace_rl.workers.chat import ChatAnswer, ChatFault, ChatRequest
 from trace_rl.workers.model_annotator import ModelAnnotator, Telling
+from trace_rl.workers.polite_chat import PoliteChat
 
 TYPES = {"slip": "a wrong result", "gap": "a missing step"}
 GOOD = json.dumps({"spans": [{"start": 2, "end": 2, "type": "slip", "importance": 3}], "reflection": ""})
@@ -46,8 +48,6 @@ class Scripted:
             raise said
         return ChatAnswer(said, prompt_tokens=10, completion_tokens=5)
 
-    async def close(self) -> None: ...
-
 
 class Sleeper:
     """Remembers how long was waited, and does not wait."""
@@ -66,17 +66,27 @@ def request(text: str = "2 + 2 = 5", version: int = 0) -> AnnotationRequest:
     return AnnotationRequest(Prompt("p", "Add two and two.", "4"), "error", segments, TYPES, 0.25, 9, version)
 
 
-def annotator(model: Scripted, folder: Path, settings: Any = SETTINGS, **options: Any) -> ModelAnnotator:
+class Asked(ModelAnnotator):
+    """The annotator together with what tests look at of its chat."""
+
+    def __init__(self, settings: Any, chat: PoliteChat, telling: Telling) -> None:
+        super().__init__(settings, chat, telling)
+        self.usage, self.notices, self.give_up = chat.usage, chat.notices, chat.give_up
+
+
+def annotator(model: Scripted, folder: Path, settings: Any = SETTINGS, **options: Any) -> Asked:
     folder.mkdir(exist_ok=True)
     given = {"run": "a run", "patience_s": 60.0, "sleep": Sleeper(), **options}
-    return ModelAnnotator(settings, model, TELLING, AnswerCache(folder / "answers.sqlite"), **given)
+    cache = AnswerCache(folder / "answers.sqlite")
+    chat = PoliteChat(settings, model, cache, prompt_version="1", count=TELLING.count, **given)
+    return Asked(settings, chat, TELLING)
 
 
 def causes(results: Sequence[Any]) -> list[str]:
     return [each.cause if isinstance(each, AnnotationError) else "answered" for each in results]
 
 
-async def ask_all(asked: ModelAnnotator, requests: Sequence[AnnotationRequest]) -> list[Any]:
+async def ask_all(asked: Asked, requests: Sequence[AnnotationRequest]) -> list[Any]:
     return await asyncio.gather(*map(asked.answer, requests), return_exceptions=True)
 
 
@@ -188,12 +198,13 @@ def test_the_budget_ends_the_asking_across_restarts_and_stored_answers_stay(tmp_
 
 def test_money_is_never_overspent_however_many_are_under_way(tmp_path: Path) -> None:
     """A reply may cost up to 100 tokens of 1e-4, 0.01, and costs 5 tokens, 5e-4. The budget of 0.0121 covers one
-    request at a time, and after n answers a further one while n * 5e-4 <= 0.0021: five in all."""
+    request at a time, and after n answers a further one while n * 5e-4 <= 0.0021: five in all, together or one by one,
+    because a request waits for those that are under way to cost less than was booked."""
     budget = Budget(money=0.0121, price_per_million_completion_tokens=100.0)
     settings = SETTINGS.model_copy(update={"budget": budget})
     together = Scripted(lambda number, asked: GOOD, delay_s=0.01)
     results = asyncio.run(ask_all(annotator(together, tmp_path / "a", settings), [request(str(n)) for n in range(8)]))
-    assert sorted(causes(results)) == ["answered"] + ["over_budget"] * 7
+    assert sorted(causes(results)) == ["answered"] * 5 + ["over_budget"] * 3 and together.most_at_once == 1
 
     asked = annotator(Scripted(lambda number, asked: GOOD), tmp_path / "b", settings)
 
@@ -204,12 +215,88 @@ def test_money_is_never_overspent_however_many_are_under_way(tmp_path: Path) -> 
     assert asked.usage()["annotation/run_cost"] == pytest.approx(5 * 5e-4)
 
 
+def test_a_server_that_limits_its_rate_is_not_taken_for_dead(tmp_path: Path) -> None:
+    """Of 12 requests, 4 at once, each is told to slow down twice before it is answered: 24 refusals in a row or nearly,
+    beyond the breaker's 3."""
+    limits = LIMITS.model_copy(update={"breaker_failures": 3})
+    seen: Counter[str] = Counter()
+
+    def limited(number: int, asked: ChatRequest) -> str | ChatFault:
+        content = asked.messages[-1].content
+        seen[content] += 1
+        return ChatFault("slow down", "rate_limited", retry_after_s=0.01) if seen[content] < 3 else GOOD
+
+    asked = annotator(Scripted(limited), tmp_path, SETTINGS.model_copy(update={"limits": limits}))
+    assert causes(asyncio.run(ask_all(asked, [request(str(number)) for number in range(12)]))) == ["answered"] * 12
+
+
+def test_new_weights_that_end_a_chat_are_no_failure_of_the_engine(tmp_path: Path) -> None:
+    limits = LIMITS.model_copy(update={"breaker_failures": 3})
+    ended = ChatFault("new weights came first", "timeout", is_final=True)
+    model = Scripted(lambda number, asked: ended if number < 10 else GOOD)
+    asked = annotator(model, tmp_path, SETTINGS.model_copy(update={"limits": limits}))
+    assert causes(asyncio.run(ask_all(asked, [request(str(n)) for n in range(10)]))) == ["timeout"] * 10
+    assert causes(asyncio.run(ask_all(asked, [request(str(n)) for n in range(10, 20)]))) == ["answered"] * 10
+
+
+def test_an_open_breaker_is_waited_for_while_the_rollout_has_patience(tmp_path: Path) -> None:
+    """Three failures open it for 0.2 s; the fourth request waits for that and is answered."""
+    limits = LIMITS.model_copy(update={"breaker_failures": 3, "breaker_pause_s": 0.2, "max_attempts": 1})
+    model = Scripted(lambda number, asked: ChatFault("down", "unreachable") if number < 3 else GOOD)
+    asked = annotator(model, tmp_path, SETTINGS.model_copy(update={"limits": limits}), sleep=asyncio.sleep)
+
+    async def one_by_one() -> list[Any]:
+        return [(await ask_all(asked, [request(str(number))]))[0] for number in range(4)]
+
+    assert causes(asyncio.run(one_by_one())) == ["unreachable"] * 3 + ["answered"]
+
+
+@pytest.mark.parametrize(("is_billed", "tokens"), [(True, 100), (False, 0)])
+def test_what_may_have_been_billed_is_charged_as_booked(tmp_path: Path, is_billed: bool, tokens: int) -> None:
+    fault = ChatFault("no answer in time", "timeout", is_billed=is_billed)
+    settings = SETTINGS.model_copy(update={"limits": LIMITS.model_copy(update={"max_attempts": 1})})
+    asked = annotator(Scripted(lambda number, asked: fault), tmp_path, settings)
+    assert causes(asyncio.run(ask_all(asked, [request()]))) == ["timeout"]
+    spent = AnswerCache(tmp_path / "answers.sqlite").spent("a run")
+    assert (spent.requests, spent.completion_tokens) == (1, tokens)
+    assert asked.usage()["annotation/run_tokens"] == spent.prompt_tokens + tokens
+
+
+def test_a_server_that_counts_nothing_is_charged_by_our_own_count(tmp_path: Path) -> None:
+    class Uncounted(Scripted):
+        async def ask(self, request: ChatRequest, timeout_s: float) -> ChatAnswer:
+            answer = await super().ask(request, timeout_s)
+            return ChatAnswer(answer.text, 0, 0, {"usage_missing": 1.0})
+
+    asked = annotator(Uncounted(lambda number, asked: GOOD), tmp_path)
+    assert causes(asyncio.run(ask_all(asked, [request()]))) == ["answered"]
+    spent = AnswerCache(tmp_path / "answers.sqlite").spent("a run")
+    assert spent.completion_tokens == len(GOOD) // 4 and spent.prompt_tokens > 100
+    (notice,) = asked.notices()
+    assert "does not count tokens" in notice
+
+
+def test_what_is_under_way_is_on_the_ledger_before_it_is_sent(tmp_path: Path) -> None:
+    """A run that is killed while the model answers has spent what the answer may cost."""
+    ledger: list[int] = []
+
+    def look(number: int, asked: ChatRequest) -> str:
+        spent = AnswerCache(tmp_path / "answers.sqlite").spent("a run")
+        ledger.extend((spent.requests, spent.completion_tokens))
+        return GOOD
+
+    asyncio.run(annotator(Scripted(look), tmp_path).answer(request()))
+    assert ledger == [1, 100]
+    after = AnswerCache(tmp_path / "answers.sqlite").spent("a run")
+    assert (after.requests, after.prompt_tokens, after.completion_tokens) == (1, 10, 5)
+
+
 def test_after_many_failures_nothing_is_sent_for_a_while(tmp_path: Path) -> None:
     limits = LIMITS.model_copy(update={"breaker_failures": 3, "max_attempts": 1, "breaker_pause_s": 1000.0})
     settings = SETTINGS.model_copy(update={"limits": limits})
     model = Scripted(lambda number, asked: ChatFault("down", "unreachable"))
 
-    async def one_by_one(asked: ModelAnnotator) -> list[Any]:
+    async def one_by_one(asked: Asked) -> list[Any]:
         return [(await ask_all(asked, [request(str(number))]))[0] for number in range(6)]
 
     assert (
@@ -237,7 +324,7 @@ def test_an_answer_that_comes_too_late_is_stored_all_the_same(tmp_path: Path) ->
 
 def test_what_a_step_has_given_up_takes_no_place_from_the_next_one(tmp_path: Path) -> None:
     """Two places. Of six requests two are being answered when the step gives up: they are stored, the other four are
-    not sent; one of them is asked for again by the next step, and sent then."""
+    not sent but for one, which the next step asks for again; its two requests have places at once."""
     limits = LIMITS.model_copy(update={"concurrency": 2})
     model = Scripted(lambda number, asked: GOOD, delay_s=0.2)
     asked = annotator(model, tmp_path, SETTINGS.model_copy(update={"limits": limits}))

@@ -48,7 +48,7 @@ class WatchedRun:
         """Where Ray keeps its session."""
 
     def __enter__(self) -> WatchedRun:
-        self.temporary = Path(tempfile.mkdtemp(prefix="rt", dir="/tmp"))  # socket paths below it must stay short
+        self.temporary = Path(tempfile.mkdtemp(prefix="tw", dir="/tmp"))  # socket paths below it must stay short
         user = getpass.getuser()
         environment = {
             **os.environ,
@@ -130,9 +130,15 @@ class WatchedRun:
         self._is_over.set()
         self._sampler.join(10)
 
+    def only(self, name: str) -> int | None:
+        """Id of the one process whose command line starts so, if there is one."""
+        found = [process for process, line in self.processes().items() if line.startswith(name)]
+        return found[0] if len(found) == 1 else None
+
     def kill_one(self, name: str) -> None:
-        """SIGKILL to the one process whose command line starts so."""
-        (process,) = [process for process, line in self.processes().items() if line.startswith(name)]
+        """SIGKILL to it."""
+        process = self.only(name)
+        assert process is not None, f"not one process is called {name}: {self.processes()}"
         os.kill(process, signal.SIGKILL)
 
     def ray_jobs(self) -> str:

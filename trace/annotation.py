@@ -14,6 +14,7 @@ This module must not know how an annotator is reached, and never shows positions
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -149,14 +150,18 @@ def resolve(
 def readable_reflection(reply: AnnotationReply, request: AnnotationRequest) -> str:
     """The reply's reflection where a teacher may read it, else nothing.
 
-    Refused are reflections with a digit, which could be a position or a result, those that quote the response, and
-    those of more than MAX_REFLECTION_CHARS characters: the teacher is told what went wrong, not where.
+    Refused are reflections with a digit, which could be a position or a result, those that quote the response or the
+    reference solution, those that give the answer, and those of more than MAX_REFLECTION_CHARS characters: the teacher
+    is told what went wrong, not where, and nothing of the solution.
     """
     text = " ".join(reply.reflection.split())
-    response = " ".join(request.text.split())
-    quotes = (text[start : start + _QUOTE_CHARS] for start in range(max(0, len(text) - _QUOTE_CHARS + 1)))
-    is_refused = len(text) > MAX_REFLECTION_CHARS or any(map(str.isdigit, text)) or any(q in response for q in quotes)
-    return "" if is_refused else text
+    if len(text) > MAX_REFLECTION_CHARS or any(map(str.isdigit, text)):
+        return ""
+    folded, answer = text.casefold(), _folded(request.prompt.answer)
+    gives_answer = bool(answer) and re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", folded)
+    sources = (_folded(request.text), _folded(request.prompt.solution))
+    quotes = [folded[start : start + _QUOTE_CHARS] for start in range(max(0, len(folded) - _QUOTE_CHARS + 1))]
+    return "" if gives_answer or any(quote in source for quote in quotes for source in sources) else text
 
 
 _AUDIT = (
@@ -214,3 +219,7 @@ def _cap(spans: Sequence[Span], token_text: TokenText, budget: int) -> tuple[Spa
 
 def _num_tokens(spans: Sequence[Span]) -> int:
     return sum(span.end - span.start for span in spans)
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.split()).casefold()

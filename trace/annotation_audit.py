@@ -76,20 +76,12 @@ class AnnotationAudit:
         self._lock = threading.Lock()
         self._seen: list[_Seen] = []
 
-    @property
-    def num_failed(self) -> int:
-        """Rollouts that were asked for in vain since the last read."""
-        with self._lock:
-            return sum(item.cause != "annotated" for item in self._seen)
-
     def count(self, annotated: AnnotatedRollout) -> None:
-        """Take in one rollout; those that were not asked for do not count.
+        """Take in one rollout.
 
         Read of its `audit`, where what is missing counts 0, are the keys of `trace_rl.annotation.resolve` and of
         `rule_audit`, and malformed_spans, hidden_spans, elided_segments, repairs, reflections, reflections_kept.
         """
-        if annotated.cause == "not_requested":
-            return
         types = tuple(span.type for span in annotated.spans)
         seen = _Seen(annotated.cause, annotated.audit, len(annotated.graded.rollout.token_ids), types)
         with self._lock:
@@ -98,7 +90,8 @@ class AnnotationAudit:
     def read(self) -> dict[str, float]:
         """The figures since the last read, as `annotation/...`.
 
-        * annotated, failed, failed_frac, failed/{cause}; empty_frac: annotated rollouts without a span.
+        * annotated, not_requested, failed, failed/{cause}: together all rollouts; failed_frac: of those asked for;
+          empty_frac: annotated rollouts without a span.
         * spans, types/{type}: spans that are left after the cap. All other figures of spans are of those that were
           said: spans_located_frac names existing, shown segments; out_of_range_frac names segments that do not exist or
           were not shown (hidden_spans); malformed_spans could not be read; unknown_types; overlaps were merged.
@@ -117,13 +110,14 @@ class AnnotationAudit:
 
 def _causes(seen: Sequence[_Seen]) -> dict[str, float]:
     causes = Counter(item.cause for item in seen)
-    num_annotated = causes.pop("annotated", 0)
-    num_failed = len(seen) - num_annotated
+    num_annotated, num_not_requested = causes.pop("annotated", 0), causes.pop("not_requested", 0)
+    num_failed = causes.total()
     return {
         "annotated": float(num_annotated),
+        "not_requested": float(num_not_requested),
         "failed": float(num_failed),
         **{f"failed/{cause}": float(count) for cause, count in sorted(causes.items())},
-        **_share("failed_frac", num_failed, len(seen)),
+        **_share("failed_frac", num_failed, num_annotated + num_failed),
     }
 
 

@@ -23,6 +23,7 @@ from pydantic import Field, field_validator, model_validator
 
 from trace_rl.annotation import AnnotatorBackend
 from trace_rl.config.base import Kind, Section
+from trace_rl.config.roles import GeneratorSettings
 from trace_rl.protocols import ErrorRule
 from trace_rl.rule_annotators import (
     AllTokenBackend,
@@ -285,18 +286,27 @@ class SelfAnnotation(LanguageModel):
     limits: Limits = Limits(concurrency=16)
 
 
-class Static(LanguageModel):
-    """The weights that the policy started from, on an engine of their own."""
+class _Local(LanguageModel):
+    """A model on an engine of its own (placement.annotator_engine)."""
+
+    engine: GeneratorSettings = GeneratorSettings(max_concurrent_sequences=64)
+    """Of this engine; on a GPU that it shares, gpu_memory_frac leaves room for the others. num_engines is not read."""
+
+
+class Static(_Local):
+    """The weights that the policy started from."""
 
     type: Literal["static"] = "static"
     limits: Limits = Limits(concurrency=32)
 
 
-class Frozen(LanguageModel):
-    """Another local model, on an engine of its own."""
+class Frozen(_Local):
+    """Another local model."""
 
     type: Literal["frozen"] = "frozen"
     path: str
     """Folder or hub name of a causal LM with a chat template."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    trust_remote_code: bool = False
+    """Whether code that ships with the model may run."""
     limits: Limits = Limits(concurrency=32)

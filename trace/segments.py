@@ -146,7 +146,7 @@ def read_tokens(tokenizer: Detokenizer, token_ids: Sequence[int]) -> TokenText:
         AnnotationError: the tokenizer's decoding is not the concatenation of pieces of text.
     """
     ids = list(token_ids)
-    text = _decode(tokenizer, ids)
+    text = decode(tokenizer, ids)
     pieces = _byte_level_pieces(tokenizer.convert_ids_to_tokens(ids))
     if "".join(pieces) != text:
         pieces = _windowed_pieces(tokenizer, ids)
@@ -156,6 +156,11 @@ def read_tokens(tokenizer: Detokenizer, token_ids: Sequence[int]) -> TokenText:
             "so characters cannot be mapped to tokens: use a tokenizer that decodes token by token."
         )
     return TokenText(text, tuple(accumulate(map(len, pieces), initial=0)))
+
+
+def decode(tokenizer: Detokenizer, token_ids: Sequence[int]) -> str:
+    """The text of token ids, special tokens included."""
+    return tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def segment(token_text: TokenText, settings: Segmentation) -> tuple[Segment, ...]:
@@ -273,10 +278,6 @@ def _nearest_border(borders: Sequence[int], start: int, target: int, limit: int)
     return min(reachable, key=lambda border: abs(border - target), default=borders[index])
 
 
-def _decode(tokenizer: Detokenizer, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
 def _byte_level_pieces(tokens: Sequence[str | None]) -> list[str]:
     """Text that each token of a byte-level vocabulary completes; a token without the alphabet stands for itself.
 
@@ -313,7 +314,7 @@ def _windowed_pieces(tokenizer: Detokenizer, ids: list[int]) -> list[str]:
     pieces: list[str] = []
     context, start = 0, 0
     for end in range(1, len(ids) + 1):
-        before, after = _decode(tokenizer, ids[context:start]), _decode(tokenizer, ids[context:end])
+        before, after = decode(tokenizer, ids[context:start]), decode(tokenizer, ids[context:end])
         is_complete = not after.endswith("\ufffd") or end - start >= MAX_WINDOW or end == len(ids)
         pieces.append(after[len(before) :] if is_complete else "")
         if is_complete:

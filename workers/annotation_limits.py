@@ -71,6 +71,11 @@ class CircuitBreaker:
         """Whether requests are held back; so also while a trial is under way."""
         return self._is_open
 
+    @property
+    def next_trial_s(self) -> float:
+        """Seconds until the next request may be admitted; 0 where it may be now."""
+        return max(0.0, self._next_trial_s - self._clock()) if self._is_open else 0.0
+
     def admit(self) -> bool:
         """Whether a request may be sent now; one that was admitted reports how it went."""
         if not self._is_open:

@@ -3,7 +3,7 @@
 Decides which rollouts are annotated (those whose span class is wanted and whose verdict is known) and how long a step
 waits. It must not know who annotates, how replies become spans (`trace_rl.annotation`) or what spans are used for.
 
-Invariants: no rollout is lost and none stops the run, only a dead actor does; a step waits at most
+Invariants: no rollout is lost and none stops the run, nor does an actor that dies; a step waits at most
 `annotator.step_wait_s` once its last rollout is graded.
 """
 
@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+from ray.exceptions import RayActorError
+
 from trace_rl.annotation import span_class_of
 from trace_rl.annotation_audit import AnnotationAudit, AuditWatch
 from trace_rl.batch import AnnotatedRollout, GradedRollout, SpanClass
@@ -22,7 +24,7 @@ from trace_rl.config.annotator import Annotator
 from trace_rl.errors import WorkerError
 from trace_rl.workers.span_annotator import Annotation, AnnotationTask, Usage
 from trace_rl.workers.streaming import Call, Unserved, stream
-from trace_rl.workers.waiting import wait_for
+from trace_rl.workers.waiting import wait_for, worker_error
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ class RayAnnotator:
         self._audit = AnnotationAudit()
         self._watch = AuditWatch(settings.audit)
         self._waited_s = 0.0
+        self._told: set[str] = set()
 
     def annotate(
         self, graded: Iterable[GradedRollout], span_classes: frozenset[SpanClass]
@@ -48,7 +51,7 @@ class RayAnnotator:
         """Annotated rollouts as they are done; those of other classes pass at once.
 
         Raises:
-            WorkerError: the actor died.
+            WorkerError: the actor failed in a way of its own, which is a defect.
         """
         model = self._settings.backend.model
         call: Call[GradedRollout, Annotation] = Call(
@@ -68,12 +71,18 @@ class RayAnnotator:
             is_late |= answer is Unserved.LATE
             annotated = _annotated(item, answer)
             self._audit.count(annotated)
-            if isinstance(answer, Annotation) and answer.detail and self._audit.num_failed == 1:
-                logger.warning("Rollout %s goes on without spans: %s", item.rollout.key, answer.detail)
+            self._tell(item, answer)
             yield annotated
         if is_late and model:
             self._actor.give_up.remote()  # or the next step's rollouts would queue behind those of this one
         self._waited_s += time.monotonic() - graded_at[0] if graded_at else 0.0
+
+    def _tell(self, item: GradedRollout, answer: Annotation | Unserved) -> None:
+        """Say of each cause of failure once a run what was wrong; how often it is, metrics tell."""
+        if isinstance(answer, Annotation) and answer.detail and answer.cause not in self._told:
+            self._told.add(answer.cause)
+            prompt_id, sample = item.rollout.key
+            logger.warning("Sample %d of %s goes on without spans: %s", sample, prompt_id, answer.detail)
 
     def metrics(self) -> dict[str, float]:
         """What the annotations since the last call were worth (`trace_rl.annotation_audit`) and what they took."""
@@ -96,10 +105,23 @@ class RayAnnotator:
         return dict(usage.metrics)
 
     def _submit(self, items: Sequence[GradedRollout]) -> Future[Sequence[Annotation]]:
-        future: Future[Sequence[Annotation]] = self._actor.annotate.remote(
-            [AnnotationTask.of(item) for item in items]
-        ).future()
-        return future
+        tasks = [AnnotationTask.of(item) for item in items]
+        called: Future[Sequence[Annotation]] = self._actor.annotate.remote(tasks).future()
+        outcome: Future[Sequence[Annotation]] = Future()
+        called.add_done_callback(lambda done: _settle(outcome, done, len(items)))
+        return outcome
+
+
+def _settle(outcome: Future[Sequence[Annotation]], done: Future[Sequence[Annotation]], num_items: int) -> None:
+    """Pass on how a call ended; where the actor has died, Ray starts another one, and these rollouts have no spans."""
+    error = done.exception()
+    if error is None:
+        outcome.set_result(done.result())
+    elif isinstance(error, RayActorError):
+        detail = f"the annotator's actor has died ({worker_error(error, 'the annotator', 'annotating')})"
+        outcome.set_result([Annotation((), "unreachable", detail=detail)] * num_items)
+    else:
+        outcome.set_exception(error)
 
 
 def _noting_the_end(graded: Iterable[GradedRollout], ended_at: list[float]) -> Iterator[GradedRollout]:

@@ -84,7 +84,7 @@ class ApiChat:
                 return await self._converse(request)
         except TimeoutError:
             pass
-        raise self._reader.fault(f"has not answered within {timeout_s:g} s", "timeout")
+        raise self._reader.fault(f"has not answered within {timeout_s:g} s", "timeout", is_billed=True)
 
     async def close(self) -> None:
         if self._session is not None:
@@ -165,9 +165,8 @@ class ApiChat:
             headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
             if key := self._key.get_secret_value():
                 headers["Authorization"] = f"Bearer {key}"
-            limit = self._settings.limits.concurrency
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=limit, keepalive_timeout=_KEEP_ALIVE_S),
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),  # who asks has limits
                 headers=headers,
                 timeout=aiohttp.ClientTimeout(total=None),  # `ask` has a deadline of its own
                 cookie_jar=aiohttp.DummyCookieJar(),

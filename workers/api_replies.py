@@ -74,9 +74,13 @@ class ReplyReader:
             raise outcome  # from here, where no variable holds what the server said
         return outcome
 
-    def fault(self, what: str, cause: FailureCause, retry_after_s: float = 0.0, is_final: bool = False) -> ChatFault:
-        """A fault that names the server; `what` is a verb phrase that holds none of the server's words uncleaned."""
-        return ChatFault(f"{self._who} {what}", cause, retry_after_s, is_final)
+    def fault(self, what: str, cause: FailureCause, retry_after_s: float = 0.0, **told: bool) -> ChatFault:
+        """A fault that names the server; `what` is a verb phrase that holds none of the server's words uncleaned.
+
+        Args:
+            told: as for `ChatFault`.
+        """
+        return ChatFault(f"{self._who} {what}", cause, retry_after_s, **told)
 
     def is_too_long(self, reply: HttpReply) -> bool:
         """Whether the server refuses the request because of its length."""
@@ -96,17 +100,17 @@ class ReplyReader:
         if reply.status != 200:
             return self._status_fault(reply)
         if reply.defect:
-            return self.fault(f"sent a body that {reply.defect}", "server_error")
+            return self.fault(f"sent a body that {reply.defect}", "server_error", is_billed=True)
         document = _parsed(reply.body)
         choices = document.get("choices") if isinstance(document, dict) else None
         choice = choices[0] if isinstance(choices, list) and choices else None
         message = choice.get("message") if isinstance(choice, dict) else None
         content = message.get("content") if isinstance(message, dict) else None
         if not isinstance(choice, dict) or not isinstance(message, dict) or not isinstance(content, str | None):
-            return self.fault(f"sent no chat completion: {self.quote(reply)}", "server_error")
+            return self.fault(f"sent no chat completion: {self.quote(reply)}", "server_error", is_billed=True)
         if message.get("refusal") or choice.get("finish_reason") == "content_filter":
             why = self.clean(str(message.get("refusal") or "content filter"))
-            return self.fault(f"refuses to answer ({why})", "refused", is_final=True)
+            return self.fault(f"refuses to answer ({why})", "refused", is_final=True, is_billed=True)
         return self._counted(self._without_key(content or ""), document)
 
     def _status_fault(self, reply: HttpReply) -> ChatFault:

@@ -45,16 +45,25 @@ class ChatFault(TraceError):  # noqa: N818 - a try that failed is no error of th
         cause: as metrics count it.
         retry_after_s: how long the server asks to be left alone; 0 where it does not say.
         is_final: whether another try would fail in the same way.
+        is_billed: whether the model may have answered all the same, which servers charge for.
     """
 
-    def __init__(self, message: str, cause: FailureCause, retry_after_s: float = 0.0, is_final: bool = False) -> None:
+    def __init__(
+        self,
+        message: str,
+        cause: FailureCause,
+        retry_after_s: float = 0.0,
+        is_final: bool = False,
+        is_billed: bool = False,
+    ) -> None:
         super().__init__(message)
         self.cause: FailureCause = cause
         self.retry_after_s = retry_after_s
         self.is_final = is_final
+        self.is_billed = is_billed
 
-    def __reduce__(self) -> tuple[type[ChatFault], tuple[str, FailureCause, float, bool]]:
-        return type(self), (str(self), self.cause, self.retry_after_s, self.is_final)
+    def __reduce__(self) -> tuple[type[ChatFault], tuple[str, FailureCause, float, bool, bool]]:
+        return type(self), (str(self), self.cause, self.retry_after_s, self.is_final, self.is_billed)
 
 
 class ChatModel(Protocol):
@@ -70,5 +79,3 @@ class ChatModel(Protocol):
             ChatFault: no answer came.
         """
         ...
-
-    async def close(self) -> None: ...

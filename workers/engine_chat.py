@@ -55,6 +55,3 @@ class EngineChat:
                 raise cause from None
             said = worker_error(error, f"engine {index} of the annotator", "answering a chat request")
             raise ChatFault(str(said), "unreachable", is_final=True) from cause
-
-    async def close(self) -> None:
-        """Nothing: the engines belong to the run."""

@@ -24,16 +24,18 @@ from trace_rl.annotation import (
     span_class_of,
 )
 from trace_rl.annotation_audit import rule_audit
+from trace_rl.annotation_prompts import PROMPT_VERSION
 from trace_rl.annotators import Api, Frozen, LanguageModel, Oracle, Parts
 from trace_rl.batch import AnnotationCause, GradedRollout, Prompt, Span, SpanClass
 from trace_rl.config.annotator import Annotator
 from trace_rl.errors import AnnotationError
 from trace_rl.protocols import ErrorRule
 from trace_rl.rule_annotators import recording_line, rule_reply
-from trace_rl.segments import TokenText, read_tokens, segment
+from trace_rl.segments import TokenText, decode, read_tokens, segment
 from trace_rl.workers.annotation_cache import AnswerCache
 from trace_rl.workers.chat import ChatModel
 from trace_rl.workers.model_annotator import ModelAnnotator, Telling
+from trace_rl.workers.polite_chat import PoliteChat
 from trace_rl.workers.token_reader import TokenReader
 
 NO_KEY = SecretStr("")
@@ -93,6 +95,8 @@ class Surroundings:
     """Whether a teacher reads what models say of wrong responses."""
     engines: tuple[Any, ...] = ()
     """Actor handles of the engines that annotate."""
+    reader: TokenReader | None = None
+    """Tokenizer of the model that is asked, where it is known and not the policy's."""
 
 
 class SpanAnnotator:
@@ -110,7 +114,9 @@ class SpanAnnotator:
         self._settings = settings
         self._rule = rule
         self._surroundings = surroundings
-        self._models: list[ModelAnnotator] = []
+        self._chats: list[PoliteChat] = []
+        self._notices: list[str] = []
+        self._is_recording_broken = False
         parts = Parts(rule, surroundings.seed, settings.coverage_cap, self._ask)
         self._backend: AnnotatorBackend = settings.backend.build(parts)
         self._is_compared = settings.audit.compare_with_rule and not isinstance(settings.backend, Oracle)
@@ -125,20 +131,16 @@ class SpanAnnotator:
     async def usage(self) -> Usage:
         """What the models were asked since the last call; nothing where none is."""
         metrics: dict[str, float] = {}
-        notices: list[str] = []
-        for model in self._models:
-            metrics |= model.usage()
-            notices += model.notices()
+        notices, self._notices = self._notices, []
+        for chat in self._chats:
+            metrics |= chat.usage()
+            notices += chat.notices()
         return Usage(metrics, notices)
 
     async def give_up(self) -> None:
         """The step has stopped waiting for what is not annotated yet."""
-        for model in self._models:
-            model.give_up()
-
-    async def close(self) -> None:
-        for model in self._models:
-            await model.close()
+        for chat in self._chats:
+            chat.give_up()
 
     async def _annotate_one(self, task: AnnotationTask) -> Annotation:
         try:
@@ -157,6 +159,7 @@ class SpanAnnotator:
         except Exception as error:  # a rule is foreign code; the rollout goes on without spans and is counted
             return Annotation((), "failed", detail=f"{type(error).__name__}: {error}")
         audit |= _notes(answer, reflection)
+        audit["round_trip_errors"] += self._num_misread(task, token_text, spans)
         if self._is_compared:
             audit |= self._compare(request, token_text, spans)
         return Annotation(spans, "annotated", audit, reflection=reflection)
@@ -164,9 +167,26 @@ class SpanAnnotator:
     def _record(self, request: AnnotationRequest, reply: AnnotationReply) -> None:
         """Append a reply to the recording, if there is one; a whole line at once, so that a kill leaves no half ones
         but the last."""
-        if self._settings.record_path is not None:
-            with Path(self._settings.record_path).expanduser().open("a", encoding="utf-8") as file:
+        path = self._settings.record_path
+        if path is None or self._is_recording_broken:
+            return
+        try:
+            with Path(path).expanduser().open("a", encoding="utf-8") as file:
                 file.write(recording_line(request, reply))
+        except OSError as error:
+            self._is_recording_broken = True
+            self._notices.append(
+                f"Replies cannot be recorded in annotator.record_path {path} ({error}); none is any more"
+            )
+
+    def _num_misread(self, task: AnnotationTask, token_text: TokenText, spans: Sequence[Span]) -> int:
+        """Spans whose tokens, decoded by themselves, do not give the text that the annotator pointed at."""
+        misread = 0
+        for span in spans:
+            char_start, char_end = token_text.char_range(span.start, span.end)
+            alone = decode(self._tokenizer, task.token_ids[span.start : span.end])
+            misread += alone.strip() != token_text.text[char_start:char_end].strip()  # some drop a leading blank
+        return misread
 
     def _compare(self, request: AnnotationRequest, token_text: TokenText, spans: Sequence[Span]) -> dict[str, float]:
         """How the spans agree with those of the rule, for information alone."""
@@ -178,11 +198,20 @@ class SpanAnnotator:
 
     def _ask(self, settings: LanguageModel) -> AnnotatorBackend:
         given = self._surroundings
-        telling = Telling(self._settings.privileges, self._tokenizer.count, self._tokenizer.special_tokens())
+        reader = given.reader or self._tokenizer
+        telling = Telling(self._settings.privileges, reader.count, reader.special_tokens())
         cache = AnswerCache(Path(given.cache_path))
-        model = ModelAnnotator(settings, self._chat(settings), telling, cache, given.run, self._settings.timeout_s)
-        self._models.append(model)
-        return model
+        chat = PoliteChat(
+            settings,
+            self._chat(settings),
+            cache,
+            given.run,
+            self._settings.timeout_s,
+            PROMPT_VERSION,
+            reader.count,
+        )
+        self._chats.append(chat)
+        return ModelAnnotator(settings, chat, telling)
 
     def _chat(self, settings: LanguageModel) -> ChatModel:
         given = self._surroundings
