@@ -142,7 +142,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each method, in turn.")] = 2,
     latency_s: Annotated[float, typer.Option(min=0, help="Of the endpoint.")] = 2.0,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 256,
-    sequences: Annotated[int, typer.Option(min=1, help="Sequences that the engine samples at once.")] = 40,
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences that the engine samples at once.")] = 16,
     out: Annotated[Path | None, typer.Option(help="Folder for annotation_overlap.json and .md.")] = None,
 ) -> None:
     """Measure, print, and write where --out says."""

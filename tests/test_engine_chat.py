@@ -337,7 +337,6 @@ def test_requests_that_share_a_prefix_go_to_the_same_engine_and_all_engines_are_
     assert processes[:8] == processes[8:16] == processes[16:]
     assert len(set(processes)) == 2
     assert model.identity == "static:weights"
-    asyncio.run(model.close())
     for engine in engines:
         ray.kill(engine)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -249,6 +250,16 @@ def test_an_open_breaker_is_waited_for_while_the_rollout_has_patience(tmp_path: 
         return [(await ask_all(asked, [request(str(number))]))[0] for number in range(4)]
 
     assert causes(asyncio.run(one_by_one())) == ["unreachable"] * 3 + ["answered"]
+
+
+def test_a_server_that_refuses_everything_is_not_waited_for(tmp_path: Path) -> None:
+    """A key that is not accepted: three refusals open the breaker, and the others fail at once, not after its pause."""
+    limits = LIMITS.model_copy(update={"breaker_failures": 3, "breaker_pause_s": 30.0, "concurrency": 1})
+    model = Scripted(lambda number, asked: ChatFault("HTTP 401", "refused", is_final=True))
+    asked = annotator(model, tmp_path, SETTINGS.model_copy(update={"limits": limits}), sleep=asyncio.sleep)
+    started = time.monotonic()
+    results = asyncio.run(ask_all(asked, [request(str(number)) for number in range(6)]))
+    assert causes(results) == ["refused"] * 3 + ["circuit_open"] * 3 and time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize(("is_billed", "tokens"), [(True, 100), (False, 0)])

@@ -81,6 +81,7 @@ class PoliteChat:
         self._bucket = TokenBucket(self._limits.requests_per_minute)
         self._breaker = CircuitBreaker(self._limits.breaker_failures, self._limits.breaker_pause_s)
         self._purse = Purse(self._budget, cache.spent(run))
+        self._is_refused = False
         self._num_booked = 0
         self._disk = ThreadPoolExecutor(1, "annotation-cache")  # another process may keep SQLite waiting for seconds
         self._jitter = random.Random(0)
@@ -248,7 +249,8 @@ class PoliteChat:
             if self._breaker.admit():
                 return
             wait_s = self._breaker.next_trial_s
-            if time.monotonic() + wait_s >= flight.patience_ends:
+            # a server that accepts nothing from us will not in a moment either
+            if self._is_refused or time.monotonic() + wait_s >= flight.patience_ends:
                 raise AnnotationError(
                     f"Nothing is sent to the annotator for {self._limits.breaker_pause_s:g} s, because "
                     f"{self._limits.breaker_failures} requests in a row have failed.",
@@ -263,6 +265,7 @@ class PoliteChat:
 
     def _report(self, fault: ChatFault) -> None:
         """Tell the breaker of a failed try: it is there for servers that are down, or accept nothing from us."""
+        self._is_refused = fault.cause == "refused"
         is_superseded = fault.cause == "timeout" and fault.is_final  # new weights came first
         if fault.cause == "too_long":
             self._breaker.succeeded()
