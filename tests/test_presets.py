@@ -51,7 +51,7 @@ class Recording(RunJournal):
 
 
 class Shared:
-    """Stands in for `launch.roles._actor`: engines, rewarder and annotator are started once and kept."""
+    """Stands in for `launch.cluster.actor_of`: engines, rewarder and annotator are started once and kept."""
 
     def __init__(self, make: Callable[..., Any]) -> None:
         self._make = make
@@ -90,11 +90,12 @@ class Shared:
 
 @pytest.fixture(scope="module")
 def shared(local_ray: None) -> Iterator[Shared]:
-    from trace_rl.launch import roles
+    from trace_rl.launch import annotators, cluster, roles
 
-    made = Shared(roles._actor)
+    made = Shared(cluster.actor_of)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(roles, "_actor", made.actor)
+        for module in (roles, annotators):
+            patch.setattr(module, "actor_of", made.actor)
         yield made
     made.end_all()
 
