@@ -1,6 +1,6 @@
 """Whether annotation hides behind generation: steps of TRACE, annotated by an endpoint of 2 s latency, beside GRPO's.
 
-    python benchmarks/annotation_overlap.py [--steps 6] [--out benchmarks/results]
+    python benchmarks/annotation_overlap.py [--steps 5] [--out benchmarks/results]
 
 Both runs are the demo with 512 completions a step, one after the other on this machine, repeated in turn. Prints
 medians of the stages of a step and their ratios, and the timeline of one step of each: when rollouts were sampled, when
@@ -138,11 +138,11 @@ def to_markdown(report: dict[str, Any]) -> str:
 
 
 def main(
-    steps: Annotated[int, typer.Option(min=WARM_UP_STEPS + 1, help="Steps a run.")] = 4,
+    steps: Annotated[int, typer.Option(min=WARM_UP_STEPS + 1, help="Steps a run.")] = 5,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each method, in turn.")] = 2,
     latency_s: Annotated[float, typer.Option(min=0, help="Of the endpoint.")] = 2.0,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 256,
-    sequences: Annotated[int, typer.Option(min=1, help="Sequences that the engine samples at once.")] = 16,
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences that the engine samples at once.")] = 12,
     out: Annotated[Path | None, typer.Option(help="Folder for annotation_overlap.json and .md.")] = None,
 ) -> None:
     """Measure, print, and write where --out says."""
