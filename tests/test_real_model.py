@@ -41,8 +41,9 @@ def test_smollm2_annotates_what_it_has_written_itself(real, tmp_path):
     steps = train(real, tmp_path, *overrides, "annotator.step_wait_s=300", "annotator.timeout_s=400")
     for record in steps:
         assert record["annotation/annotated"] == 8 and record["annotation/requests"] >= 8
-        assert record["annotation/spans_located_frac"] == 1.0  # the schema names only segments that exist
-        assert record["annotation/unknown_types_frac"] == 0.0 and record["annotation/round_trip_errors"] == 0
+        # guided by the schema; what it cannot say is that no span ends before it starts
+        assert record["annotation/malformed_spans"] == record["annotation/unknown_types"] == 0
+        assert record["annotation/round_trip_errors"] == record["annotation/failed"] == 0
         assert record["annotation/coverage_frac"] <= 0.25
     assert any(record["annotation/spans"] > 0 for record in steps)
 
