@@ -219,6 +219,10 @@ def test_over_ray(local_ray: None, caplog: pytest.LogCaptureFixture) -> None:
         assert texts(item)[0] == (("85", "key", "arith") if item.graded.is_correct else ("86", "error", "arith"))
     assert not {"torch", "transformers"} & set(ray.get(actor.modules.remote(), timeout=60))
     ray.kill(actor)
+    with pytest.raises(ray.exceptions.RayActorError):
+        for _ in range(100):  # a process that is being killed may still answer
+            ray.get(actor.ready.remote(), timeout=60)
+            time.sleep(0.1)
     left = list(role.annotate(produce(), BOTH))
     assert [(item.cause, item.spans) for item in left] == [("unreachable", ())] * 40
     assert role.metrics()["annotation/failed/unreachable"] == 40.0
