@@ -23,17 +23,22 @@ from trace_rl.config.run import RunConfig
 from trace_rl.errors import DataError
 from trace_rl.launch.annotation_cost import estimate, with_verdict
 from trace_rl.launch.annotation_report import Outcome, agreement_table, audit_table, cost_lines, num_answers
-from trace_rl.launch.annotators import ANNOTATOR, AnnotatorSetting, check_annotator, start_annotator, surroundings_of
-from trace_rl.launch.cluster import actor_of, ray_session
+from trace_rl.launch.annotators import (
+    ANNOTATOR,
+    AnnotatorSetting,
+    check_annotator,
+    start_annotator,
+    start_chat_engine,
+    surroundings_of,
+)
+from trace_rl.launch.cluster import ray_session
 from trace_rl.launch.model_files import load_tokenizer, resolve_model
 from trace_rl.launch.prompt_sources import annotation_types, error_rule
 from trace_rl.launch.rollout_dump import dump_files, read_dump, run_folder_of
 from trace_rl.launch.run_folder import RunFolder
 from trace_rl.workers.annotator import RayAnnotator
-from trace_rl.workers.generator_engine import ENGINE_THREADS, GeneratorEngine
 from trace_rl.workers.token_reader import reader_of
 from trace_rl.workers.waiting import wait_for
-from trace_rl.workers.weight_sender import transfer_backend
 
 _BOTH: frozenset[SpanClass] = frozenset({"key", "error"})
 
@@ -181,14 +186,8 @@ def _start_policy(config: RunConfig) -> dict[str, Any]:
     settings = config.annotator.backend.model
     if not isinstance(settings, SelfAnnotation):
         return {}
-    engine = actor_of(GeneratorEngine, config.placement.generator, max_concurrency=ENGINE_THREADS).remote(
-        index=0,
-        model=config.model,
-        settings=config.generator,
-        max_model_len=settings.context_tokens,
-        backend=transfer_backend(config.sync, config.placement),
-        loaded_version=0,
-    )
+    resources = config.placement.generator
+    engine = start_chat_engine(config, 0, config.model, config.generator, settings.context_tokens, resources)
     return {"the engine of the policy": engine}
 
 

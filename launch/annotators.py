@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +12,11 @@ from pydantic import SecretStr
 
 from trace_rl.annotators import Api, Frozen, LanguageModel, SelfAnnotation, Static
 from trace_rl.batch import SpanClass
-from trace_rl.config.roles import Model
+from trace_rl.config.roles import GeneratorSettings, Model, Resources
 from trace_rl.config.run import RunConfig
 from trace_rl.errors import ConfigError, DataError
 from trace_rl.launch.cluster import actor_of
-from trace_rl.launch.model_files import load_tokenizer, resolve_model
+from trace_rl.launch.model_files import load_tokenizer, max_positions, resolve_model
 from trace_rl.protocols import ErrorRule
 from trace_rl.rule_annotators import read_recording
 from trace_rl.workers.generator_engine import CHAT_THREADS, ENGINE_THREADS, GeneratorEngine
@@ -72,16 +71,6 @@ def self_annotation_tokens(config: RunConfig) -> int:
     if not config.needs_annotator or not isinstance(model, SelfAnnotation):
         return 0
     return model.context_tokens
-
-
-def max_positions(model: Model) -> int | None:
-    """The longest sequence that a model was made for, as its config.json says; None for a hub name, whose engine checks
-    it after the download, and where nothing is said."""
-    file = Path(model.path) / "config.json"
-    if not file.is_file():
-        return None
-    limit: int | None = json.loads(file.read_text(encoding="utf-8")).get("max_position_embeddings")
-    return limit
 
 
 @dataclass(frozen=True)
@@ -184,15 +173,29 @@ def _start_engine(config: RunConfig) -> dict[str, Any]:
     settings = config.annotator.backend.model
     if not isinstance(settings, Static | Frozen):
         return {}
-    engine = actor_of(GeneratorEngine, config.placement.annotator_engine, max_concurrency=ENGINE_THREADS).remote(
-        index=config.generator.num_engines + 1,
-        model=_local_model(config, settings),
-        settings=settings.engine,
-        max_model_len=settings.context_tokens,
+    model, resources = _local_model(config, settings), config.placement.annotator_engine
+    index = config.generator.num_engines + 1
+    engine = start_chat_engine(config, index, model, settings.engine, settings.context_tokens, resources)
+    return {"the engine of the annotator": engine}
+
+
+def start_chat_engine(
+    config: RunConfig, index: int, model: Model, settings: GeneratorSettings, max_model_len: int, resources: Resources
+) -> Any:
+    """Actor handle of an engine that answers chats with the weights that it has loaded.
+
+    Args:
+        index: names the engine in errors.
+        max_model_len: longest chat with its answer, in tokens.
+    """
+    return actor_of(GeneratorEngine, resources, max_concurrency=ENGINE_THREADS).remote(
+        index=index,
+        model=model,
+        settings=settings,
+        max_model_len=max_model_len,
         backend=transfer_backend(config.sync, config.placement),
         loaded_version=0,
     )
-    return {"the engine of the annotator": engine}
 
 
 def _cache_file(config: RunConfig, folder: Path) -> Path:

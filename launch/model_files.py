@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,3 +69,13 @@ def load_tokenizer(model: Model, setting: str = "model.path") -> PreTrainedToken
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer in {model.path!r} has no end-of-sequence token; set eos_token in its config")
     return tokenizer
+
+
+def max_positions(model: Model) -> int | None:
+    """The longest sequence that a model was made for, as its config.json says; None for a hub name, whose engine checks
+    it after the download, and where nothing is said."""
+    file = Path(model.path) / "config.json"
+    if not file.is_file():
+        return None
+    limit: int | None = json.loads(file.read_text(encoding="utf-8")).get("max_position_embeddings")
+    return limit

@@ -15,11 +15,10 @@ from trace_rl.launch.annotators import (
     AnnotatorSetting,
     api_key,
     check_annotator,
-    max_positions,
     self_annotation_tokens,
     surroundings_of,
 )
-from trace_rl.launch.model_files import EMBEDDED, resolve_model
+from trace_rl.launch.model_files import EMBEDDED, max_positions, resolve_model
 from trace_rl.tasks.arithmetic import ArithmeticRule
 
 KEY = "sk-secret-0123456789"
