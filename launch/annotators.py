@@ -12,7 +12,8 @@ from pydantic import SecretStr
 
 from trace_rl.annotators import Api, Frozen, LanguageModel, SelfAnnotation, Static
 from trace_rl.batch import SpanClass
-from trace_rl.config.roles import GeneratorSettings, Model, Resources
+from trace_rl.config.placement import Resources
+from trace_rl.config.roles import GeneratorSettings, Model
 from trace_rl.config.run import RunConfig
 from trace_rl.errors import ConfigError, DataError
 from trace_rl.launch.cluster import actor_of

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trace_rl.config.roles import Resources
+from trace_rl.config.placement import Resources
 from trace_rl.config.run import RunConfig
 from trace_rl.errors import WorkerError
 from trace_rl.workers import environment

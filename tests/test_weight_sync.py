@@ -12,7 +12,8 @@ import ray
 import torch
 
 from trace_rl.batch import Prompt, Rollout, RolloutRequest
-from trace_rl.config.roles import GeneratorSettings, Model, Placement, Resources, Sync
+from trace_rl.config.placement import Placement, Resources
+from trace_rl.config.roles import GeneratorSettings, Model, Sync
 from trace_rl.errors import WeightSyncError
 from trace_rl.protocols import Decoding
 from trace_rl.workers import weight_sender

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.distributed import BroadcastOptions, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
 
-from trace_rl.config.roles import Placement, Sync
+from trace_rl.config.placement import Placement
+from trace_rl.config.roles import Sync
 from trace_rl.errors import WeightSyncError, first_line
 
 TransferBackend = Literal["gloo", "nccl"]

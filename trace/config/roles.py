@@ -84,8 +84,13 @@ class Rewarder(Section):
 
 
 class Sync(Section):
-    backend: Literal["auto", "gloo", "nccl"] = "auto"
-    """Transport of the weights; `auto`: nccl where generator and learner both have GPUs, gloo otherwise."""
+    backend: Literal["auto", "gloo", "nccl", "ipc", "file"] = "auto"
+    """Transport of the weights. `gloo`: through the host's memory; `nccl`: from GPU to GPU; `ipc`: engines read the
+    learner's GPU memory, where they share its GPUs; `file`: safetensors under `folder`, for engines that nothing else
+    reaches. `auto`: ipc where placement.mode is colocated, else nccl where generator and learner both have GPUs, else
+    gloo."""
+    folder: str | None = None
+    """Of the transport `file`: a folder that the learner and all engines see under this path."""
     bucket_mib: int = Field(256, ge=1)
     """Weights are moved in buckets of at most this size."""
     canary_tolerance: float = Field(1e-3, gt=0)
@@ -95,13 +100,10 @@ class Sync(Section):
     """Deadline of one sync."""
 
 
-class Resources(Section):
-    num_cpus: float = Field(1.0, ge=0)
-    num_gpus: float = Field(0.0, ge=0)
-
-
 class GeneratorSettings(Section):
     num_engines: int = Field(1, ge=1)
+    tensor_parallel: int = Field(1, ge=1)
+    """Workers of one node that share the weights of an engine; placement.generator.num_gpus is that of each."""
     gpu_memory_frac: float = Field(0.85, gt=0, le=1)
     """Share of a GPU that an engine may take; without GPUs see kv_cache_gib."""
     kv_cache_gib: int = Field(1, ge=1)
@@ -110,27 +112,6 @@ class GeneratorSettings(Section):
     enforce_eager: bool = False
     """Skip graph capture and compilation; always on without GPUs, where compiling takes two minutes and gains
     nothing."""
-
-
-class Placement(Section):
-    """Where the roles run."""
-
-    ray_address: str = "local"
-    """`local`: a private Ray on this machine; `auto` or host:port: join a running cluster."""
-    ray_cpus: int | None = Field(None, ge=1)
-    """Logical CPUs of the private Ray; by default enough for the roles."""
-    start_timeout_s: float = Field(300.0, gt=0)
-    """Deadline for each role to be ready; all of them start at the same time."""
-    step_timeout_s: float = Field(3600.0, gt=0)
-    """Deadline of one stage of one step."""
-    generator: Resources = Resources()
-    teacher: Resources = Resources()
-    learner: Resources = Resources()
-    """Per rank."""
-    rewarder: Resources = Resources()
-    annotator: Resources = Resources(num_cpus=0.5)
-    annotator_engine: Resources = Resources()
-    """The engine of an annotator of the kinds static and frozen."""
 
 
 class Evaluation(Section):

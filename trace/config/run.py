@@ -15,18 +15,19 @@ from trace_rl.config.algorithm import Algorithm, Method
 from trace_rl.config.annotator import Annotator
 from trace_rl.config.base import Section
 from trace_rl.config.learner import LearnerSettings
+from trace_rl.config.placement import Placement
 from trace_rl.config.roles import (
     Data,
     Evaluation,
     GeneratorSettings,
     Logging,
     Model,
-    Placement,
     Rewarder,
     Run,
     Sampling,
     Sync,
 )
+from trace_rl.config.scheduling import Scheduling
 from trace_rl.config.teacher import Teacher
 from trace_rl.config.watch import CollapseWatch
 from trace_rl.token_weights import StudentPerplexity
@@ -41,6 +42,7 @@ class RunConfig(Section):
     model: Model
     data: Data
     sampling: Sampling = Sampling()
+    scheduling: Scheduling = Scheduling()
     algorithm: Algorithm = Algorithm()
     generator: GeneratorSettings = GeneratorSettings()
     rewarder: Rewarder = Rewarder()
