@@ -47,7 +47,7 @@ setup(
         "trace_rl": SHIPPED_DATA,
         "trace_rl.tasks": SHIPPED_DATA,
         "trace_rl.configs": ["**/*.yaml"],
-        "trace_rl.launch": ["methods_notes.md"],
+        "trace_rl.launch": ["methods_notes.md", "templates/*"],
     },
     install_requires=[
         "aiohttp>=3.14,<4",

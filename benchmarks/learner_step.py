@@ -125,6 +125,7 @@ def make_batch(preset: Preset, share: float, hidden: int, vocab: int, seed: int)
                 prompt_token_ids=prompt,
                 token_ids=tuple(random.integers(0, vocab, time_).tolist()),
                 rollout_logprobs=np.full(time_, -np.log(vocab), dtype=np.float32),
+                staleness=np.zeros(time_, dtype=np.int64),
                 advantages=np.full(time_, random.normal(), dtype=np.float32),
                 pg_weight=np.full(time_, 1 / (count * time_), dtype=np.float32),
                 route_positions=np.sort(random.choice(time_, rows, replace=False)),
@@ -134,7 +135,7 @@ def make_batch(preset: Preset, share: float, hidden: int, vocab: int, seed: int)
                 teacher_hidden=states_array(states.to(getattr(torch, preset.dtype))),
             )
         )
-    return TrainingBatch(0, 0, tuple(sequences))
+    return TrainingBatch(0, tuple(sequences))
 
 
 class Learner:
@@ -184,7 +185,7 @@ def check(learner: Learner, preset: Preset, path: Path, seed: int) -> dict[str, 
         SystemExit: one is off by more than its bound.
     """
     batch = make_batch(preset, 0.25, learner.shape.hidden, learner.shape.vocab, seed)
-    few = TrainingBatch(0, 0, batch.sequences[:CHECKED_SEQUENCES])
+    few = TrainingBatch(0, batch.sequences[:CHECKED_SEQUENCES])
     exact = exact_norm(path, learner, preset, few)
     errors = {}
     for name, runner in learner.runners.items():

@@ -141,6 +141,7 @@ def ours(problem: Problem, tile_bytes: int) -> Callable[[], Tensor]:
         num_sequences=len(problem.advantages),
         advantages=problem.advantages.repeat_interleave(_sequence(problem)),
         rollout_logprobs=torch.full_like(constants, torch.nan),
+        is_stale=torch.zeros_like(constants, dtype=torch.bool),
         pg_weight=constants,
         route_row=route_row,
         route_index=torch.cat([empty, *(torch.full_like(part, number) for number, part in enumerate(tokens))]),

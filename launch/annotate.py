@@ -24,7 +24,6 @@ from trace_rl.errors import DataError
 from trace_rl.launch.annotation_cost import estimate, with_verdict
 from trace_rl.launch.annotation_report import Outcome, agreement_table, audit_table, cost_lines, num_answers
 from trace_rl.launch.annotators import (
-    ANNOTATOR,
     AnnotatorSetting,
     check_annotator,
     start_annotator,
@@ -33,9 +32,11 @@ from trace_rl.launch.annotators import (
 )
 from trace_rl.launch.cluster import ray_session
 from trace_rl.launch.model_files import load_tokenizer, resolve_model
+from trace_rl.launch.placement import ANNOTATOR, ENGINE_OF_POLICY, plan_annotation
 from trace_rl.launch.prompt_sources import annotation_types, error_rule
 from trace_rl.launch.rollout_dump import dump_files, read_dump, run_folder_of
 from trace_rl.launch.run_folder import RunFolder
+from trace_rl.launch.seats import Seats, take_seats
 from trace_rl.workers.annotator import RayAnnotator
 from trace_rl.workers.token_reader import reader_of
 from trace_rl.workers.waiting import wait_for
@@ -138,22 +139,23 @@ def _run(config: RunConfig, recorded: Recorded, console: Console) -> Outcome:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"{name}: starting", total=len(recorded.rollouts))
-        started = _start(config, recorded)
+        seats = take_seats(plan_annotation(config), config.placement)
+        started = _start(config, recorded, seats)
         annotator = RayAnnotator(started[ANNOTATOR], config.annotator)
         progress.update(task, description=f"{name}: annotating")
         began = time.monotonic()
         annotated = list(progress.track(annotator.annotate(recorded.rollouts, _BOTH), task_id=task))
         duration_s = time.monotonic() - began
         metrics = annotator.metrics()
-        _stop(started)
+        _stop(started, seats)
     place = {id(item): number for number, item in enumerate(recorded.rollouts)}
     return Outcome(name, sorted(annotated, key=lambda item: place[id(item.graded)]), metrics, duration_s)
 
 
-def _start(config: RunConfig, recorded: Recorded) -> dict[str, Any]:
+def _start(config: RunConfig, recorded: Recorded, seats: Seats) -> dict[str, Any]:
     """The annotator's actor and its engine, ready."""
-    policy = _start_policy(config)
-    started = {**policy, **start_annotator(_setting(config, recorded), list(policy.values()))}
+    policy = _start_policy(config, seats)
+    started = {**policy, **start_annotator(_setting(config, recorded), list(policy.values()), seats)}
     for role, actor in started.items():
         wait_for(actor.ready.remote(), config.placement.start_timeout_s, role, "starting")
     return started
@@ -181,19 +183,20 @@ def _name(backend: Backend) -> str:
     return backend.type
 
 
-def _start_policy(config: RunConfig) -> dict[str, Any]:
+def _start_policy(config: RunConfig, seats: Seats) -> dict[str, Any]:
     """The engine of a policy that annotates itself."""
     settings = config.annotator.backend.model
     if not isinstance(settings, SelfAnnotation):
         return {}
-    resources = config.placement.generator
-    engine = start_chat_engine(config, 0, config.model, config.generator, settings.context_tokens, resources)
-    return {"the engine of the policy": engine}
+    place = seats.place(ENGINE_OF_POLICY, {})
+    engine = start_chat_engine(config, 0, config.model, config.generator, settings.context_tokens, place)
+    return {ENGINE_OF_POLICY: engine}
 
 
-def _stop(started: Mapping[str, Any]) -> None:
-    """End the actors, so that the next annotator has their memory."""
+def _stop(started: Mapping[str, Any], seats: Seats) -> None:
+    """End the actors and give their seats back, so that the next annotator has them."""
     import ray
 
     for actor in started.values():
         ray.kill(actor)
+    seats.give_back()

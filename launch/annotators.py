@@ -12,12 +12,12 @@ from pydantic import SecretStr
 
 from trace_rl.annotators import Api, Frozen, LanguageModel, SelfAnnotation, Static
 from trace_rl.batch import SpanClass
-from trace_rl.config.placement import Resources
 from trace_rl.config.roles import GeneratorSettings, Model
 from trace_rl.config.run import RunConfig
 from trace_rl.errors import ConfigError, DataError
-from trace_rl.launch.cluster import actor_of
 from trace_rl.launch.model_files import load_tokenizer, max_positions, resolve_model
+from trace_rl.launch.placement import ANNOTATOR, ENGINE_OF_ANNOTATOR
+from trace_rl.launch.seats import Place, Seats, actor_of
 from trace_rl.protocols import ErrorRule
 from trace_rl.rule_annotators import read_recording
 from trace_rl.workers.generator_engine import CHAT_THREADS, ENGINE_THREADS, GeneratorEngine
@@ -25,8 +25,6 @@ from trace_rl.workers.span_annotator import NO_KEY, SpanAnnotator, Surroundings
 from trace_rl.workers.token_reader import TokenReader, reader_of
 from trace_rl.workers.weight_sender import transfer_backend
 
-ANNOTATOR = "the annotator"
-"""Name of the annotator's actor, as errors give it."""
 _MAX_RESTARTS = 3
 """Deaths of the actor in a run that Ray makes good; after that its rollouts go without spans, and a warning says so."""
 
@@ -89,18 +87,18 @@ class AnnotatorSetting:
     """Spending is counted for each purpose apart."""
 
 
-def start_annotator(setting: AnnotatorSetting, policy_engines: Sequence[Any]) -> dict[str, Any]:
+def start_annotator(setting: AnnotatorSetting, policy_engines: Sequence[Any], seats: Seats) -> dict[str, Any]:
     """Start the annotator's actor, named ANNOTATOR, and the engine of its own where it has one; name -> actor handle.
 
     Args:
         policy_engines: actor handles of the engines that a policy that annotates itself is asked through.
     """
     config = setting.config
-    own = _start_engine(config)
+    own = _start_engine(config, seats)
     is_self = isinstance(config.annotator.backend.model, SelfAnnotation)
     engines = policy_engines if is_self else list(own.values())
     surroundings = surroundings_of(setting, engines, api_key(config.annotator.backend.model))
-    annotator = actor_of(SpanAnnotator, config.placement.annotator, max_restarts=_MAX_RESTARTS).remote(
+    annotator = actor_of(SpanAnnotator, seats.place(ANNOTATOR, {}), max_restarts=_MAX_RESTARTS).remote(
         reader_of(setting.tokenizer), config.annotator, setting.rule, surroundings
     )
     return {**own, ANNOTATOR: annotator}
@@ -169,19 +167,19 @@ def _local_model(config: RunConfig, settings: LanguageModel) -> Model:
     return resolve_model(frozen, "annotator.backend.path")
 
 
-def _start_engine(config: RunConfig) -> dict[str, Any]:
+def _start_engine(config: RunConfig, seats: Seats) -> dict[str, Any]:
     """The engine of an annotator that has one of its own."""
     settings = config.annotator.backend.model
     if not isinstance(settings, Static | Frozen):
         return {}
-    model, resources = _local_model(config, settings), config.placement.annotator_engine
+    model, place = _local_model(config, settings), seats.place(ENGINE_OF_ANNOTATOR, {})
     index = config.generator.num_engines + 1
-    engine = start_chat_engine(config, index, model, settings.engine, settings.context_tokens, resources)
-    return {"the engine of the annotator": engine}
+    engine = start_chat_engine(config, index, model, settings.engine, settings.context_tokens, place)
+    return {ENGINE_OF_ANNOTATOR: engine}
 
 
 def start_chat_engine(
-    config: RunConfig, index: int, model: Model, settings: GeneratorSettings, max_model_len: int, resources: Resources
+    config: RunConfig, index: int, model: Model, settings: GeneratorSettings, max_model_len: int, place: Place
 ) -> Any:
     """Actor handle of an engine that answers chats with the weights that it has loaded.
 
@@ -189,7 +187,7 @@ def start_chat_engine(
         index: names the engine in errors.
         max_model_len: longest chat with its answer, in tokens.
     """
-    return actor_of(GeneratorEngine, resources, max_concurrency=ENGINE_THREADS).remote(
+    return actor_of(GeneratorEngine, place, max_concurrency=ENGINE_THREADS).remote(
         index=index,
         model=model,
         settings=settings,

@@ -27,6 +27,14 @@ Arguments = Annotated[
     list[str],
     typer.Argument(metavar="FILE... [KEY=VALUE]...", help="YAML files, merged left to right, then dotted overrides."),
 ]
+Address = Annotated[
+    str,
+    typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="Dashboard of the cluster's head node: http://HEAD:8265."),
+]
+Job = Annotated[str, typer.Argument(metavar="JOB", help="The job's id, as submit has printed it.")]
+
+jobs_app = typer.Typer(help="Jobs of a Ray cluster: what became of them, what they print, how to end them.")
+app.add_typer(jobs_app, name="jobs", no_args_is_help=True)
 
 
 @app.command()
@@ -35,6 +43,9 @@ def train(arguments: Arguments) -> None:
     console = Console()
     try:
         config = _load(arguments)
+        from trace_rl.launch import inside_job
+
+        config = inside_job.settle(config)
         _protect_ray(config)
         from trace_rl.launch.train import run
 
@@ -43,6 +54,108 @@ def train(arguments: Arguments) -> None:
         _fail(error)
     except KeyboardInterrupt:
         _fail("interrupted; run.resume=auto goes on from the last checkpoint")
+
+
+@app.command()
+def plan(
+    arguments: Arguments,
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit with 1 where the cluster, or a GPU's memory, is too small.")
+    ] = False,
+    gpu_memory_gib: Annotated[
+        float, typer.Option(min=0, help="Memory of a GPU; 0: that of this machine or, with --check, of the cluster.")
+    ] = 0,
+) -> None:
+    """Print what a run will do and take, and start nothing: trace-rl plan run.yaml --check"""
+    try:
+        config = _load(arguments)
+        from trace_rl.launch.plan_command import show
+
+        raise typer.Exit(show(config, check, gpu_memory_gib, Console()))
+    except TraceError as error:
+        _fail(error)
+
+
+@app.command()
+def submit(
+    arguments: Arguments,
+    address: Address = "",
+    detach: Annotated[bool, typer.Option(help="Start the job, print its id and return.")] = False,
+    env: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Pass this variable on; everyone may read it. No secrets.")
+    ] = None,
+    pip: Annotated[
+        Path | None, typer.Option(metavar="LOCK", help="Install the packages of this lock; by default the image's.")
+    ] = None,
+) -> None:
+    """Train on a running Ray cluster: trace-rl submit run.yaml run.folder=/shared/runs/{name} --address http://HEAD:8265"""
+    try:
+        config = _load([*arguments, "placement.ray_address=auto"])
+        from trace_rl.launch.submit import Request
+        from trace_rl.launch.submit import submit as start
+
+        raise typer.Exit(start(config, Request(address, tuple(env or ()), pip, detach)))
+    except TraceError as error:
+        _fail(error)
+
+
+@jobs_app.command("status")
+def job_status(
+    job: Annotated[str, typer.Argument(metavar="[JOB]", help="One job; without it all of them.")] = "",
+    address: Address = "",
+) -> None:
+    """Print state, run, code and folder."""
+    try:
+        from trace_rl.launch import jobs
+
+        client = jobs.connect(address)
+        for each in [jobs.details(client, job)] if job else jobs.all_jobs(client):
+            typer.echo(jobs.describe(each))
+    except TraceError as error:
+        _fail(error)
+
+
+@jobs_app.command("logs")
+def job_logs(
+    job: Job, address: Address = "", follow: Annotated[bool, typer.Option(help="Until it ends; its exit code.")] = False
+) -> None:
+    """Print what a job has printed."""
+    try:
+        from trace_rl.launch import jobs
+
+        client = jobs.connect(address)
+        if not follow:
+            typer.echo(jobs.logs(client, job), nl=False)
+            return
+        from trace_rl.launch.submit import watch
+
+        jobs.details(client, job)
+        raise typer.Exit(watch(client, job, address))
+    except TraceError as error:
+        _fail(error)
+
+
+@jobs_app.command("stop")
+def stop_job(job: Job, address: Address = "") -> None:
+    """End a job; its checkpoints stay."""
+    try:
+        from trace_rl.launch import jobs
+
+        was_running = jobs.stop(jobs.connect(address), job)
+        typer.echo(f"{job} is being stopped" if was_running else f"{job} was not running")
+    except TraceError as error:
+        _fail(error)
+
+
+@app.command()
+def template(name: Annotated[str, typer.Argument(help="slurm, kuberay-job or kuberay-cluster")]) -> None:
+    """Print a file to start a cluster with: trace-rl template slurm > train.sbatch"""
+    try:
+        from trace_rl.launch.cluster_templates import read_template
+
+        typer.echo(read_template(name), nl=False)
+    except TraceError as error:
+        _fail(error)
 
 
 @app.command("config")

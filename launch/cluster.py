@@ -2,34 +2,32 @@
 
 A private Ray has its own folder and asks for a token that only this run knows (`environment.protect_private_ray`). The
 token is what protects it: Ray listens on the node's own address whatever it is told. At the end it is shut down, and
-its workers' logs are kept in the run folder. A cluster that was joined is only left.
+its workers' logs are kept in the run folder. A cluster that was joined is only left: Ray ends the actors of the run and
+gives its placement group back. Actors get their environment one by one (`trace_rl.launch.seats`).
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from trace_rl.config.placement import Resources
 from trace_rl.config.run import RunConfig
-from trace_rl.errors import WorkerError
-from trace_rl.workers import environment
+from trace_rl.errors import WorkerError, first_line
+from trace_rl.launch.ending import end_ray
+from trace_rl.workers import worker_logs
 
 logger = logging.getLogger(__name__)
 
 _OBJECT_STORE_BYTES = 512 * 2**20
-
-
-def actor_of(role: type, resources: Resources, **options: Any) -> Any:
-    """A role's class as an actor class with its share of the cluster; `.remote(...)` starts it."""
-    import ray
-
-    return ray.remote(role).options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, **options)
+_CONNECT_S = 10.0
+_ONE_TRY = ("RAY_gcs_server_port_wait_time_s", "1")
+"""Left alone, a driver tries twenty times to reach the head node, for half a minute each."""
 
 
 @contextmanager
@@ -39,33 +37,43 @@ def ray_session(config: RunConfig, log_folder: Path) -> Iterator[None]:
     Raises:
         WorkerError: the cluster cannot be reached.
     """
-    variables = environment.variables(config.generator.kv_cache_gib)
     if config.placement.ray_address == "local":
-        with _private_ray(config, variables, log_folder):
+        with _private_ray(config, log_folder):
             yield
         return
-    import ray
-
-    try:
-        ray.init(
-            address=config.placement.ray_address,
-            runtime_env={"env_vars": variables},
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise WorkerError(
-            f"no Ray cluster could be joined at placement.ray_address={config.placement.ray_address!r} ({error}); "
-            "check the address and, with token authentication, RAY_AUTH_MODE and RAY_AUTH_TOKEN"
-        ) from error
+    _join(config.placement.ray_address)
     try:
         yield
     finally:
-        ray.shutdown()
+        end_ray()
+
+
+def _join(address: str) -> None:
+    """Connect this process to a running cluster; takes two minutes at most."""
+    import ray
+
+    os.environ.setdefault(*_ONE_TRY)
+    try:
+        _check_listening(address)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    except Exception as error:  # Ray raises all kinds, some of them bare
+        raise WorkerError(
+            f"no Ray cluster could be joined at placement.ray_address={address!r} ({first_line(error)}); check the "
+            "address, that this machine is one of the cluster's nodes and, with token authentication, RAY_AUTH_MODE "
+            "and RAY_AUTH_TOKEN"
+        ) from error
+
+
+def _check_listening(address: str) -> None:
+    """Raise OSError where nothing listens at host:port, which Ray would find out in half a minute only."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdecimal() and "/" not in host:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S):
+            pass
 
 
 @contextmanager
-def _private_ray(config: RunConfig, variables: dict[str, str], log_folder: Path) -> Iterator[None]:
+def _private_ray(config: RunConfig, log_folder: Path) -> Iterator[None]:
     import ray
 
     folder = Path(tempfile.mkdtemp(prefix="trace-rl-"))  # not in the run folder: socket paths must stay short
@@ -77,16 +85,16 @@ def _private_ray(config: RunConfig, variables: dict[str, str], log_folder: Path)
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.WARNING,
-            runtime_env={"env_vars": variables},
             _temp_dir=str(folder),
         )
-    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray has no class of its own for a node that is late
         shutil.rmtree(folder, ignore_errors=True)
         raise WorkerError(f"a private Ray could not be started on this machine: {error}") from error
+    worker_logs.keep_in(log_folder)
     try:
         yield
     finally:
-        ray.shutdown()
+        end_ray()
         _keep_worker_logs(folder, log_folder)
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -92,7 +92,7 @@ def _gradient_cells(config: RunConfig) -> list[str]:
 
 def _extras(algorithm: Algorithm) -> str:
     found = []
-    if algorithm.rollout_correction.level != "none":
+    if algorithm.rollout_correction.level in ("token", "sequence"):  # no method is defined for older weights
         found.append(f"correction per {algorithm.rollout_correction.level}, cap {algorithm.rollout_correction.cap:g}")
     if algorithm.dynamic_sampling.max_rounds > 1:
         found.append(f"refilled up to {algorithm.dynamic_sampling.max_rounds} rounds")

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from jaxtyping import Int
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from trace_rl.batch import (
     FinishReason,
@@ -57,7 +59,10 @@ class _Record(BaseModel):
 
     prompt_id: str
     sample: int
-    policy_version: int
+    token_versions: tuple[tuple[int, PositiveInt], ...] = ()
+    """Runs of tokens that weights of one version wrote: version and number of tokens."""
+    policy_version: int | None = None
+    """Of every token, in dumps that were written before versions were kept for each of them."""
     question: str
     answer: str
     solution: str
@@ -70,6 +75,19 @@ class _Record(BaseModel):
     feedback: str
     spans: tuple[_Span, ...]
 
+    @model_validator(mode="after")
+    def _every_token_has_a_version(self) -> _Record:
+        count = sum(count for _, count in self._version_runs)
+        if count != len(self.token_ids):
+            raise ValueError(f"token_versions has {count} tokens, but token_ids has {len(self.token_ids)}")
+        return self
+
+    @property
+    def _version_runs(self) -> tuple[tuple[int, int], ...]:
+        if self.policy_version is None or not self.token_ids:
+            return self.token_versions
+        return ((self.policy_version, len(self.token_ids)),)
+
     def rollout(self) -> DumpedRollout:
         """The rollout without what is not recorded."""
         rollout = Rollout(
@@ -79,7 +97,9 @@ class _Record(BaseModel):
             token_ids=self.token_ids,
             rollout_logprobs=np.full(len(self.token_ids), np.nan, dtype=np.float32),
             finish_reason=self.finish_reason,
-            policy_version=self.policy_version,
+            token_versions=np.concatenate(
+                [np.zeros(0, dtype=np.int64), *(np.full(count, version) for version, count in self._version_runs)]
+            ),
             text=self.response,
         )
         spans = tuple(Span(item.start, item.end, item.span_class, item.type, item.importance) for item in self.spans)
@@ -93,7 +113,7 @@ def record_of(item: RoutedRollout, sequence: TrainingSequence) -> dict[str, Any]
     return {
         "prompt_id": rollout.prompt.prompt_id,
         "sample": rollout.sample,
-        "policy_version": rollout.policy_version,
+        "token_versions": _version_runs(rollout.token_versions),
         "question": rollout.prompt.question,
         "answer": rollout.prompt.answer,
         "solution": rollout.prompt.solution,
@@ -124,6 +144,10 @@ def record_of(item: RoutedRollout, sequence: TrainingSequence) -> dict[str, Any]
             for tokens in item.routed
         ],
     }
+
+
+def _version_runs(versions: Int[np.ndarray, " time"]) -> list[list[int]]:
+    return [[version, len(list(run))] for version, run in groupby(versions.tolist())]
 
 
 def run_folder_of(path: Path) -> Path:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import yaml
 from trace_rl.config.run import RunConfig
 from trace_rl.errors import CheckpointError
 from trace_rl.overlays import dump_config
-from trace_rl.protocols import Learner, Teacher
+from trace_rl.protocols import Drawn, Learner, Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +100,18 @@ def _settings(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """How far a run has come."""
+
+    step: int
+    """Training steps that are done."""
+    position: Mapping[str, int]
+    """Of the prompt source."""
+    pending: Sequence[Drawn]
+    """Prompts before the position that are not trained on."""
+
+
+@dataclass(frozen=True)
 class RunCheckpoints:
     """Implements `trace_rl.protocols.Checkpoints`: learner, teacher copy and data position under one folder a step."""
 
@@ -108,19 +120,20 @@ class RunCheckpoints:
     teacher: Teacher
     keep: int
 
-    def save(self, step: int, position: Mapping[str, int]) -> None:
+    def save(self, step: int, position: Mapping[str, int], pending: Sequence[Drawn]) -> None:
         target = self.folder.checkpoints / f"step-{step:06d}"
         self.learner.save(target)
         self.teacher.save(target / "teacher")
         state = target / _STATE_FILE
         partial = state.with_suffix(".partial")
-        partial.write_text(json.dumps({"step": step, "position": dict(position)}), encoding="utf-8")
+        progress = {"step": step, "position": dict(position), "pending": [asdict(drawn) for drawn in pending]}
+        partial.write_text(json.dumps(progress), encoding="utf-8")
         partial.rename(state)  # the last act: a checkpoint without this file does not exist
         for _, old in self.folder.complete_checkpoints()[: -self.keep]:
             shutil.rmtree(old)
 
-    def load_newest(self) -> tuple[int, dict[str, int]]:
-        """Bring learner and teacher back; return (step, data position).
+    def load_newest(self) -> Progress:
+        """Bring learner and teacher back; return how far the run had come.
 
         Raises:
             CheckpointError: a file of the newest complete checkpoint is damaged or belongs to another set-up.
@@ -129,13 +142,14 @@ class RunCheckpoints:
         try:
             state = json.loads((source / _STATE_FILE).read_text(encoding="utf-8"))
             position = {str(key): int(value) for key, value in state["position"].items()}
+            pending = tuple(Drawn(**drawn) for drawn in state["pending"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{source / _STATE_FILE} is damaged ({error}); remove {source} to go on from the checkpoint before"
             ) from error
         self.learner.load(source)
         self.teacher.load(source / "teacher")
-        return step, position
+        return Progress(step, position, pending)
 
 
 def trim_metrics(folder: RunFolder, step: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +12,10 @@ from trace_rl.config.roles import Logging
 from trace_rl.config.run import RunConfig
 from trace_rl.errors import ConfigError
 from trace_rl.protocols import Metrics
+
+logger = logging.getLogger(__name__)
+
+_FINISH_S = 60.0
 
 
 class Tracker(Protocol):
@@ -49,7 +55,15 @@ class WandbTracker:
         self._run.log(dict(metrics), step=step)
 
     def close(self) -> None:
-        self._run.finish()
+        """Upload what is left, within bounds: a run must not hang because a server does."""
+        finishing = threading.Thread(target=self._run.finish, daemon=True, name="wandb.finish")
+        finishing.start()
+        finishing.join(_FINISH_S)
+        if finishing.is_alive():
+            logger.warning(
+                "Weights & Biases did not finish within %g s; `wandb sync` uploads the rest from the run folder",
+                _FINISH_S,
+            )
 
 
 def check_installed(settings: Logging) -> None:

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # `python -m trace_rl.launch.train CONFIG`, as jobs call it: the environment is set first
+    import sys
+
+    from trace_rl.launch.cli import app
+
+    app(["train", *sys.argv[1:]])
+
 import logging
 import time
 from collections.abc import Iterator
@@ -12,14 +19,17 @@ from rich.logging import RichHandler
 
 from trace_rl.config.run import RunConfig
 from trace_rl.errors import CheckpointError
-from trace_rl.launch import preflight
+from trace_rl.launch import own_code, preflight
 from trace_rl.launch.cluster import ray_session
 from trace_rl.launch.display import Display
 from trace_rl.launch.journal import RunJournal
 from trace_rl.launch.memory import MemoryWatch
+from trace_rl.launch.plan import plan_run
+from trace_rl.launch.plan_cluster import known_gpu_memory
+from trace_rl.launch.plan_text import PLAN_FILE, full_text, short_text
 from trace_rl.launch.roles import start_roles
-from trace_rl.launch.run_folder import RunFolder, open_run_folder, trim_metrics, write_config
-from trace_rl.launch.summary import Outcome, describe_method, summarise_run
+from trace_rl.launch.run_folder import Progress, RunFolder, open_run_folder, trim_metrics, write_config
+from trace_rl.launch.summary import Outcome, summarise_run
 from trace_rl.launch.trackers import open_trackers
 from trace_rl.loop import train
 
@@ -37,7 +47,13 @@ def run(config: RunConfig, console: Console) -> Outcome:
     started = time.monotonic()
     with _logging_to(folder, console):
         write_config(folder, config)
-        console.print(_headline(config, folder), markup=False, highlight=False, soft_wrap=True)
+        code = own_code.describe()
+        logger.info(code)
+        console.print(code, markup=False, highlight=False, soft_wrap=True)
+        plan = plan_run(ready.config, ready.prompts, known_gpu_memory(config))
+        (folder.path / PLAN_FILE).write_text(full_text(plan), encoding="utf-8")
+        headline = f"{short_text(plan)}\n  writing to {folder.path}; the whole plan is in {PLAN_FILE} there"
+        console.print(headline, markup=False, highlight=False, soft_wrap=True)
         display = Display(console, config.run.steps)
         journal = RunJournal(folder, config.logging, display, open_trackers(config, folder.path))
         try:
@@ -61,20 +77,20 @@ def _train(ready: preflight.Ready, folder: RunFolder, journal: RunJournal, displ
     display.stage("starting the roles")
     roles, checkpoints = start_roles(ready, folder, journal)
     display.note(f"all roles ready after {time.monotonic() - started:.0f} s")
-    start_step = 0
+    progress = Progress(0, {}, ())
     if ready.config.run.resume == "auto" and folder.complete_checkpoints():
-        start_step, position = checkpoints.load_newest()
+        progress = checkpoints.load_newest()
         try:
-            roles.prompts.seek(position)
+            roles.prompts.seek(progress.position)
         except KeyError as error:
             raise CheckpointError(
-                f"the checkpoint after step {start_step} holds the data position {position}, which does not belong to "
-                f"data.path={ready.config.data.path!r} (no {error}); resume with the data of the run, or start anew"
+                f"the checkpoint after step {progress.step} holds the data position {progress.position}, which does "
+                f"not belong to data.path={ready.config.data.path!r} (no {error}); resume with the data of the run, or start anew"
             ) from error
-        display.resume(start_step)
-        display.note(f"resumed after {start_step} steps from {folder.checkpoints}")
-    trim_metrics(folder, start_step)
-    train(ready.config, roles, start_step, journal.history)
+        display.resume(progress.step)
+        display.note(f"resumed after {progress.step} steps from {folder.checkpoints}")
+    trim_metrics(folder, progress.step)
+    train(ready.config, roles, progress.step, journal.history, progress.pending)
 
 
 @contextmanager
@@ -93,17 +109,3 @@ def _logging_to(folder: RunFolder, console: Console) -> Iterator[None]:
         for handler in (to_file, to_terminal):
             root.removeHandler(handler)
         to_file.close()
-
-
-def _headline(config: RunConfig, folder: RunFolder) -> str:
-    """What is about to happen, with the batch arithmetic."""
-    sampling = config.sampling
-    rollouts = sampling.prompts_per_step * sampling.samples_per_prompt
-    return (
-        f"{config.run.name}: {describe_method(config)}, {config.run.steps} steps\n"
-        f"  model {config.model.path} ({config.model.dtype}), data {config.data.path}\n"
-        f"  {sampling.prompts_per_step} prompts x {sampling.samples_per_prompt} samples = {rollouts} rollouts of at "
-        f"most {sampling.max_response_tokens} tokens a step, "
-        f"{config.learner.minibatches_per_step} optimizer step(s) on them\n"
-        f"  writing to {folder.path}"
-    )

@@ -15,12 +15,13 @@ from trace_rl.config.run import RunConfig
 from trace_rl.objective import merge_sums
 from trace_rl.workers.batch_runner import StepReport
 from trace_rl.workers.learner_rank import LearnerRank, LearnerSpec
-from trace_rl.workers.weight_sender import WeightManifest
+from trace_rl.workers.weight_wire import WeightManifest
 
 TEMPERATURE = 0.8
 ROUTE_TEMPERATURE = 1.5
 HEAD = torch.randn(300, 64, generator=torch.Generator().manual_seed(7)) * 0.3
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
+CORRECTION_CAP = 2.0
 
 Weights = dict[str, torch.Tensor]
 
@@ -135,7 +136,10 @@ def run_config(
 
 
 def batch(step: int, num_sequences: int = 7, is_routed: bool = True) -> TrainingBatch:
-    """Random sequences in groups of two, every other one with routed first and last tokens."""
+    """Random sequences in groups of two, every other one with routed first and last tokens.
+
+    The last four tokens of each are fresh, those before them one version older for every four.
+    """
     random = np.random.default_rng(100 + step)
     sequences = []
     for number in range(num_sequences):
@@ -148,6 +152,7 @@ def batch(step: int, num_sequences: int = 7, is_routed: bool = True) -> Training
                 prompt_token_ids=tuple(random.integers(0, 300, prompt).tolist()),
                 token_ids=tuple(random.integers(0, 300, time).tolist()),
                 rollout_logprobs=-8 * random.random(time),
+                staleness=np.arange(time)[::-1] // 4,
                 advantages=np.full(time, random.normal(), dtype=np.float32),
                 pg_weight=(random.random(time) / (time * num_sequences)).astype(np.float32),
                 route_positions=positions,
@@ -157,7 +162,7 @@ def batch(step: int, num_sequences: int = 7, is_routed: bool = True) -> Training
                 teacher_hidden=random.normal(size=(rows, 64)).astype(np.float32),
             )
         )
-    return TrainingBatch(step, step, tuple(sequences))
+    return TrainingBatch(step, tuple(sequences))
 
 
 BATCHES = [batch(0), batch(1)]
@@ -212,13 +217,16 @@ def reference_parts(
     """The policy-gradient part and the routed part of the loss of one sequence."""
     logits = sequence_logits(model, sequence)
     own = of_tokens(logits, sequence)
-    ratio = (own - (own.detach() if old is None else old)).exp()
+    before = own.detach() if old is None else old
+    ratio = (own - before).exp()
     advantages = torch.tensor(sequence.advantages)
     terms = -torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantages)
     routed = torch.zeros(())
     for row, weight in enumerate(sequence.route_weight):
         routed = routed + float(weight) * divergence(logits, sequence, row)
-    return (terms * torch.tensor(sequence.pg_weight)).sum(), routed
+    weights = (before - torch.tensor(sequence.rollout_logprobs)).exp().clamp(max=CORRECTION_CAP).float()
+    weights[sequence.staleness == 0] = 1.0
+    return (terms * weights * torch.tensor(sequence.pg_weight)).sum(), routed
 
 
 def reference(

@@ -41,8 +41,8 @@ def graded(
     """An answer to SUM in the tokens of the embedded model."""
     tokenizer = load_tokenizer(resolve_model(Model(path=EMBEDDED)))
     token_ids = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id] * (finish_reason == "stop")
-    logprobs = -np.ones(len(token_ids), dtype=np.float32)
-    rollout = Rollout(SUM, sample, (), tuple(token_ids), logprobs, finish_reason, 0, text)
+    logprobs, versions = -np.ones(len(token_ids), dtype=np.float32), np.zeros(len(token_ids), dtype=np.int64)
+    rollout = Rollout(SUM, sample, (), tuple(token_ids), logprobs, finish_reason, versions, text)
     return GradedRollout(rollout, reward, cause)
 
 
@@ -56,7 +56,7 @@ def write_rollouts(folder: Path, step: int, rollouts: Sequence[RoutedRollout]) -
     folder.mkdir(parents=True, exist_ok=True)
     display = Display(Console(file=io.StringIO()), num_steps=10)
     journal = RunJournal(RunFolder(folder), Logging(rollouts_every=1, rollouts_per_step=100), display, [])
-    journal.log_rollouts(step, rollouts, TrainingBatch(step, 0, tuple(map(_sequence, rollouts))))
+    journal.log_rollouts(step, rollouts, TrainingBatch(step, tuple(map(_sequence, rollouts))))
 
 
 def _sequence(item: RoutedRollout) -> TrainingSequence:
@@ -69,6 +69,7 @@ def _sequence(item: RoutedRollout) -> TrainingSequence:
         prompt_token_ids=(1, 2),
         token_ids=token_ids,
         rollout_logprobs=none,
+        staleness=index,
         advantages=per_token,
         pg_weight=per_token,
         route_positions=index,

@@ -1,5 +1,6 @@
 """Builders of annotated rollouts, shared by the tests of routing."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ def annotated(
     reward: float,
     *spans: Span,
     finish_reason: Any = "stop",
-    version: int = 0,
+    version: int | Sequence[int] = 0,
     feedback: str = "",
 ) -> AnnotatedRollout:
     rollout = Rollout(
@@ -45,7 +46,7 @@ def annotated(
         token_ids=tuple(range(10, 10 + length)),
         rollout_logprobs=-np.ones(length, dtype=np.float32),
         finish_reason=finish_reason,
-        policy_version=version,
+        token_versions=np.full(length, version),
         text="text",
     )
     return AnnotatedRollout(GradedRollout(rollout, reward, "graded", feedback), spans, "annotated")

@@ -218,7 +218,7 @@ def annotated_rollouts(config: RunConfig, step: int) -> list[AnnotatedRollout]:
                 tuple(tokens),
                 logprobs if is_policy else np.full(time, np.nan, dtype=np.float32),
                 "length" if time == MAX_TOKENS else "stop",
-                step if is_policy else NOT_THE_POLICY,
+                np.full(time, step if is_policy else NOT_THE_POLICY),
                 f"sample {sample} says 42",
             )
             feedback, reflection = ("", "") if reward else ("Not 42.", "A case is missing.")
@@ -331,6 +331,26 @@ def every_token_routed(config: RunConfig) -> RunConfig:
     return with_routes(config, change)
 
 
+def up_to_two_versions_late(config: RunConfig) -> RunConfig:
+    return config.model_copy(update={"scheduling": config.scheduling.model_copy(update={"max_staleness": 2})})
+
+
+def of_older_weights(rollouts: list[AnnotatedRollout]) -> list[AnnotatedRollout]:
+    """The policy's completions as if two syncs had come while they were written: after 3 and after 6 tokens.
+
+    One in three was written before the first of them, one in three after the last.
+    """
+    found = []
+    for number, item in enumerate(rollouts):
+        rollout = item.graded.rollout
+        age = 2 - np.minimum(np.arange(len(rollout.token_ids)) // 3, 2)
+        age = {0: np.full_like(age, 2), 1: np.zeros_like(age)}.get(number % 3, age)
+        versions = rollout.token_versions
+        older = replace(rollout, token_versions=np.where(versions == NOT_THE_POLICY, versions, versions - age))
+        found.append(replace(item, graded=replace(item.graded, rollout=older)))
+    return found
+
+
 def without_spans(rollouts: list[AnnotatedRollout]) -> list[AnnotatedRollout]:
     return [replace(item, spans=()) for item in rollouts]
 
@@ -340,7 +360,12 @@ def one_token_each(rollouts: list[AnnotatedRollout]) -> list[AnnotatedRollout]:
     found = []
     for item in rollouts:
         rollout = item.graded.rollout
-        cut = replace(rollout, token_ids=rollout.token_ids[:1], rollout_logprobs=rollout.rollout_logprobs[:1])
+        cut = replace(
+            rollout,
+            token_ids=rollout.token_ids[:1],
+            rollout_logprobs=rollout.rollout_logprobs[:1],
+            token_versions=rollout.token_versions[:1],
+        )
         spans = tuple(replace(span, start=0, end=1) for span in item.spans[:1])
         found.append(replace(item, graded=replace(item.graded, rollout=cut), spans=spans))
     return found

@@ -26,9 +26,8 @@ LN2 = math.log(2)
 def annotated(
     sample: int, token_ids: list[int], logprobs: list[float], is_correct: bool = False, finish: FinishReason = "stop"
 ) -> AnnotatedRollout:
-    rollout = Rollout(
-        Prompt("a", "q", "a"), sample, (1,), tuple(token_ids), np.array(logprobs), finish, policy_version=0, text=""
-    )
+    versions = np.zeros(len(token_ids), dtype=np.int64)
+    rollout = Rollout(Prompt("a", "q", "a"), sample, (1,), tuple(token_ids), np.array(logprobs), finish, versions, "")
     return AnnotatedRollout(GradedRollout(rollout, float(is_correct), "graded"), (), "not_requested")
 
 

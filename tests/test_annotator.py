@@ -15,7 +15,7 @@ from trace_rl.config.annotator import Annotator
 from trace_rl.segments import Segmentation
 from trace_rl.tasks.arithmetic import ArithmeticRule
 from trace_rl.workers.annotator import RayAnnotator
-from trace_rl.workers.span_annotator import SpanAnnotator, Surroundings
+from trace_rl.workers.span_annotator import AnnotationTask, SpanAnnotator, Surroundings
 from trace_rl.workers.token_reader import CoreReader, reader_of
 
 EOS = 256
@@ -88,7 +88,8 @@ def graded(
     text: str, reward: float, sample: int = 0, cause: GradeCause = "graded", finish: FinishReason = "stop"
 ) -> GradedRollout:
     ids = (*TOKENIZER.encode(text).ids, *([EOS] if finish == "stop" else []))
-    return GradedRollout(Rollout(PROMPT, sample, (1,), ids, np.zeros(len(ids)), finish, 0, text), reward, cause)
+    versions = np.where(np.arange(len(ids)) < 3, 4, 5)  # a sync came after three tokens
+    return GradedRollout(Rollout(PROMPT, sample, (1,), ids, np.zeros(len(ids)), finish, versions, text), reward, cause)
 
 
 def annotator(rule: Any = None, settings: Annotator = SETTINGS) -> RayAnnotator:
@@ -103,6 +104,10 @@ def texts(item: AnnotatedRollout) -> list[tuple[str, str, str]]:
     """One token a byte: positions are positions in the text."""
     text = item.graded.rollout.text
     return [(text[span.start : span.end], span.span_class, span.type) for span in item.spans]
+
+
+def test_a_policy_that_annotates_itself_is_asked_at_the_newest_version_that_wrote_the_rollout() -> None:
+    assert AnnotationTask.of(graded(RIGHT, 1.0)).policy_version == 5
 
 
 def test_key_spans_on_right_and_error_spans_on_wrong_rollouts() -> None:

@@ -121,7 +121,7 @@ def test_a_rank_without_sequences_keeps_step(groups: dict[int, Group], model_pat
 def test_ranks_with_and_without_spans_keep_step(groups: dict[int, Group], model_path: str, zero_stage: int) -> None:
     # each rank has one sequence at a time: spans on one of them, on none, on both
     pairs = [
-        TrainingBatch(step, step, BATCHES[0].sequences[slice(*ends)])
+        TrainingBatch(step, BATCHES[0].sequences[slice(*ends)])
         for step, ends in enumerate([(1, 3), (0, 3, 2), (1, 4, 2)])
     ]
     assert [[bool(len(s.route_positions)) for s in pair.sequences] for pair in pairs] == [
@@ -355,7 +355,7 @@ def test_a_route_without_a_teacher_is_scored_without_log_probs_of_one(dtype: tor
     runner = BatchRunner(
         engine, config.learner, objective_of(algorithm, 1.0), Ranks(0, 1), Padded(), torch.device("cpu")
     )
-    found = runner.score(TrainingBatch(0, 0, tuple(sequences)))
+    found = runner.score(TrainingBatch(0, tuple(sequences)))
     assert sorted(item.key for item in found) == sorted(s.key for s in sequences if len(s.route_positions))
     favoured = 1 - np.log(np.e + 299)
     for item in found:
@@ -367,7 +367,7 @@ def test_a_route_without_a_teacher_is_scored_without_log_probs_of_one(dtype: tor
 def test_a_rank_without_sequences_scores_nothing(groups: dict[int, Group], model_path: str) -> None:
     config = run_config(model_path, dtype="bfloat16", world_size=2, zero_stage=2)
     group = groups[2].build(learner_spec(config))
-    found = group.all("call", "score", TrainingBatch(0, 0, BATCHES[0].sequences[1:2]))
+    found = group.all("call", "score", TrainingBatch(0, BATCHES[0].sequences[1:2]))
     assert [len(part) for part in found] == [1, 0]
     assert found[0][0].divergence.shape == (2,)
 

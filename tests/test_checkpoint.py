@@ -61,6 +61,7 @@ def one_batch(step: int) -> TrainingBatch:
             prompt_token_ids=tuple(random.integers(0, 300, 3).tolist()),
             token_ids=tuple(random.integers(0, 300, 6).tolist()),
             rollout_logprobs=-8 * random.random(6),
+            staleness=np.zeros(6, dtype=np.int64),
             advantages=np.full(6, random.normal()),
             pg_weight=np.full(6, 1 / 24, dtype=np.float32),
             route_positions=np.zeros(0, dtype=np.int64),
@@ -71,7 +72,7 @@ def one_batch(step: int) -> TrainingBatch:
         )
         for number in range(4)
     ]
-    return TrainingBatch(step, step, tuple(sequences))
+    return TrainingBatch(step, tuple(sequences))
 
 
 def weights_of(learner: DeepSpeedLearner) -> dict[str, torch.Tensor]:

@@ -163,6 +163,20 @@ NLL = {"routes": {"r": {"selector": ALL, "action": "nll"}}, **NO_PG}
             "averages over tokens as samples of the policy's whole distribution, but sampling.source is policy, "
             "sampling.top_p 1 and sampling.top_k 20",
         ),
+        (
+            {
+                "algorithm": {
+                    "policy_gradient": "none",
+                    "routes": {"r": {"selector": ALL, "action": {"type": "rkl", "support": "sampled"}}},
+                },
+                "scheduling": {"max_staleness": 1},
+            },
+            "averages over tokens as samples of the policy, but scheduling.max_staleness is 1",
+        ),
+        (
+            {"scheduling": {"oversampling_frac": 0.5}},
+            "scheduling.oversampling_frac is 0.5, but scheduling.late is wait",
+        ),
         ({"algorithm": {"advantage": "gruop"}}, "the type 'gruop'; did you mean 'group'?"),
         (
             {"watch": {"action": "stop"}, "evaluation": {"every": 0}},
@@ -233,3 +247,15 @@ def test_a_ray_that_is_too_small_for_its_roles_is_refused() -> None:
     assert build(**sections).cpus_for_roles == 4
     with pytest.raises(ValidationError, match=r"placement\.ray_cpus is 4, but the roles ask for 6 logical CPUs"):
         build(**sections, algorithm={"routes": {"r": route("correct", "key_spans")}})
+
+
+def test_tokens_of_older_weights_need_a_correction() -> None:
+    without = {"rollout_correction": {"level": "none"}}
+    with pytest.raises(ValidationError, match=r"max_staleness is 2, but .*level is none, .*level=stale, or"):
+        build(scheduling={"max_staleness": 2}, algorithm=without)
+    for level in ("stale", "token", "sequence"):
+        build(scheduling={"max_staleness": 2}, algorithm={"rollout_correction": {"level": level}})
+    assert build(algorithm=without).algorithm.rollout_correction.level == "none"
+    likelihood = {"selector": {"tokens": "all"}, "action": "nll"}
+    distils = {"policy_gradient": "none", "advantage": "none", "routes": {"all": likelihood}, **without}
+    build(scheduling={"max_staleness": 2}, algorithm=distils)

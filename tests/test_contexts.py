@@ -28,7 +28,8 @@ def annotated(
     length: int = 4,
     prompt: Prompt = PROMPT,
 ) -> AnnotatedRollout:
-    rollout = Rollout(prompt, sample, (1,), tuple(range(length)), np.zeros(length), "stop", 0, text)
+    ids, versions = tuple(range(length)), np.zeros(length, dtype=np.int64)
+    rollout = Rollout(prompt, sample, (1,), ids, np.zeros(length), "stop", versions, text)
     graded = GradedRollout(rollout, reward, "graded", feedback)
     return AnnotatedRollout(graded, spans, "annotated", reflection=reflection)
 

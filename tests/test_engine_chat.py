@@ -27,7 +27,8 @@ from trace_rl.workers.engine_chat import EngineChat
 from trace_rl.workers.generator import VllmGenerator
 from trace_rl.workers.generator_engine import ENGINE_THREADS, GeneratorEngine
 from trace_rl.workers.waiting import wait_for
-from trace_rl.workers.weight_sender import TransferGroup, WeightManifest, WeightSender, free_address
+from trace_rl.workers.weight_sender import WeightSender
+from trace_rl.workers.weight_wire import TransferGroup, WeightManifest, free_address
 
 pytestmark = pytest.mark.engine
 
@@ -246,7 +247,7 @@ def test_new_weights_end_the_chats_that_run_and_refuse_those_for_the_old(engine:
     assert (stale.cause, stale.is_final) == ("timeout", True)
     assert "holds version 2, and the request is for version 1" in str(stale)
     assert json.loads(answer(engine, chat(version=2)).text)["spans"]
-    assert {rollout.policy_version for rollout in sample(engine, 8).values()} == {2}
+    assert {version for rollout in sample(engine, 8).values() for version in rollout.token_versions} == {2}
     learner.sync(0)
 
 

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,12 @@ import torch
 from trace_rl.annotation_prompts import Message
 from trace_rl.batch import Prompt, Rollout, RolloutRequest
 from trace_rl.config.roles import GeneratorSettings, Model
-from trace_rl.errors import WeightSyncError, WorkerError
+from trace_rl.errors import WorkerError
 from trace_rl.protocols import Decoding
 from trace_rl.workers.chat import ChatFault, ChatRequest
 from trace_rl.workers.generator import VllmGenerator, split_by_prompt
 from trace_rl.workers.generator_engine import GeneratorEngine
+from trace_rl.workers.generator_sampling import token_versions
 from trace_rl.workers.waiting import wait_for
 
 DECODING = Decoding(temperature=0.7)
@@ -128,9 +130,19 @@ def test_one_token_left_is_greedy_and_certain(model_and_engine: tuple[Any, Any])
 def test_every_request_gets_one_rollout_with_version_and_text(rollouts: list[Rollout]) -> None:
     assert sorted(rollout.key for rollout in rollouts) == [(f"p{n}", s) for n in range(8) for s in range(4)]
     for rollout in rollouts:
-        assert rollout.policy_version == 7
+        assert rollout.token_versions.tolist() == [7] * len(rollout.token_ids)
         assert rollout.rollout_logprobs.shape == (len(rollout.token_ids),)
         assert rollout.text == " ".join(f"w{token}" for token in rollout.token_ids if token > 1)
+
+
+def test_the_version_of_each_token_is_read_out_of_spans() -> None:
+    given = [("3", 0, 2), ("4", 2, 2), ("5", 2, 3)]
+    spans = [SimpleNamespace(version=version, start=start, end=end) for version, start, end in given]
+    assert token_versions(spans, 3).tolist() == [3, 3, 5]
+    assert token_versions([], 0).tolist() == []
+    for broken in (None, spans[:1], spans[1:], spans[::-1]):
+        with pytest.raises(WorkerError, match=r"for a completion of 3 tokens, expected spans that cover them in order"):
+            token_versions(broken, 3)
 
 
 @pytest.mark.engine
@@ -225,10 +237,8 @@ class FakeEngine:
         if self._behaviour == "fails":
             raise MemoryError("no memory left for the KV cache")
         for request in requests[1:] if self._behaviour == "loses" else requests:
-            logprobs = np.zeros(1, dtype=np.float32)
-            yield [
-                Rollout(request.prompt, request.sample, (40,), (1,), logprobs, "stop", self._version, str(os.getpid()))
-            ]
+            logprobs, versions = np.zeros(1, dtype=np.float32), np.array([self._version])
+            yield [Rollout(request.prompt, request.sample, (40,), (1,), logprobs, "stop", versions, str(os.getpid()))]
 
 
 def generate_with(*engines: tuple[int, str], timeout_s: float = 30.0) -> list[Rollout]:
@@ -264,18 +274,15 @@ def test_a_bad_engine_is_named(local_ray: None, behaviour: str, message: str) ->
         generate_with((0, "well"), (0, behaviour), timeout_s=3 if behaviour == "hangs" else 30)
 
 
-@pytest.mark.engine
-def test_engines_with_different_weights_are_refused(local_ray: None) -> None:
-    with pytest.raises(WeightSyncError, match="different weight versions"):
-        generate_with((4, "well"), (5, "well"))
-
-
 def test_shares_keep_prompts_together_and_are_balanced() -> None:
-    shares = split_by_prompt(make_requests(5, 3), 2)
+    shares = split_by_prompt(make_requests(5, 3), [0, 0])
     # Prompts alternate: 0, 2, 4 to the first engine, 1, 3 to the second.
     assert [[request.prompt.prompt_id for request in share[::3]] for share in shares] == [
         ["p0", "p2", "p4"],
         ["p1", "p3"],
     ]
     assert [len(share) for share in shares] == [9, 6]
-    assert split_by_prompt(make_requests(1, 2), 3)[1:] == [[], []]
+    assert split_by_prompt(make_requests(1, 2), [0, 0, 0])[1:] == [[], []]
+    # 4 open requests are as much as two groups of 2
+    shares = split_by_prompt(make_requests(4, 2), [4, 0])
+    assert [len({request.prompt.prompt_id for request in share}) for share in shares] == [1, 3]

@@ -1,5 +1,7 @@
 """Grading processes: the deadline is real, a killed process is gone, and the pool goes on."""
 
+import os
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -83,6 +85,22 @@ def test_a_process_that_dies_is_an_error_and_is_replaced(pool: GradingPool) -> N
     wait_until(lambda: all(not v.is_running() or v.status() == psutil.STATUS_ZOMBIE for v in victims))
     assert (verdict.reward, verdict.cause) == (0.0, "error") and "status -9" in verdict.detail
     assert pool.grade([RIGHT] * 4) == [Verdict(1.0, "graded")] * 4
+
+
+def test_a_process_that_stops_reading_in_the_middle_of_a_text_is_killed() -> None:
+    """Five million characters are far more than the pipe holds, so the send itself never ends."""
+    others = children()
+    made = GradingPool(num_processes=1, timeout_s=TIMEOUT_S)
+    try:
+        assert made.grade([RIGHT]) == [Verdict(1.0, "graded")]
+        (child,) = children() - others
+        os.kill(child, signal.SIGSTOP)
+        started = time.monotonic()
+        assert made.grade([("x" * 5_000_000, "70"), RIGHT]) == [Verdict(0.0, "timeout"), Verdict(1.0, "graded")]
+        assert TIMEOUT_S <= time.monotonic() - started < TIMEOUT_S + 5
+        assert not psutil.pid_exists(child)
+    finally:
+        made.close()
 
 
 def test_an_error_of_the_grader_keeps_its_process(pool: GradingPool) -> None:

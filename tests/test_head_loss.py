@@ -16,7 +16,7 @@ from trace_rl.config.algorithm import Algorithm
 from trace_rl.divergences import KlClip
 from trace_rl.head_loss import Projection, head_loss
 from trace_rl.objective import LossRows, Objective, RouteLoss, objective_of, summarise
-from trace_rl.policy_gradients import Clipped, Gspo, PolicyGradient, RolloutCorrection
+from trace_rl.policy_gradients import Cispo, Clipped, Gspo, PolicyGradient, Reinforce, RolloutCorrection
 from trace_rl.row_actions import Fkl, Nll, Rkl
 
 
@@ -34,7 +34,7 @@ class Products(TorchDispatchMode):
 
 NONE = KlClip(mode="none")
 VOCAB = 11
-ROW_FIELDS = ("targets", "sequence", "advantages", "rollout_logprobs", "pg_weight")
+ROW_FIELDS = ("targets", "sequence", "advantages", "rollout_logprobs", "is_stale", "pg_weight")
 ROUTED_FIELDS = ("route_row", "route_index", "route_weight", "teacher_row")
 
 
@@ -56,27 +56,29 @@ def objective(
 
 
 BOTH = objective(FKL, RKL)
+CUT = RolloutCorrection(cap=1.5)
 
 
 def rows_of(**given: Any) -> LossRows:
     """Loss rows from lists; without routes where none are given, and every token in one sequence."""
     time = len(given["targets"])
     fields: dict[str, Any] = {"sequence": [0] * time, "num_sequences": 1, "advantages": [0.0] * time}
-    fields |= {"rollout_logprobs": [0.0] * time, "pg_weight": [1.0] * time}
+    fields |= {"rollout_logprobs": [0.0] * time, "is_stale": [False] * time, "pg_weight": [1.0] * time}
     fields |= {"route_row": [], "route_index": [], "route_weight": [], "teacher_row": []}
     fields |= given
-    whole = {"targets", "sequence", "route_row", "route_index", "teacher_row"}
+    dtypes = dict.fromkeys(("targets", "sequence", "route_row", "route_index", "teacher_row"), torch.long)
+    dtypes["is_stale"] = torch.bool
     return LossRows(
         num_sequences=fields.pop("num_sequences"),
-        **{
-            name: torch.tensor(value, dtype=torch.long if name in whole else torch.float32)
-            for name, value in fields.items()
-        },
+        **{name: torch.tensor(value, dtype=dtypes.get(name, torch.float32)) for name, value in fields.items()},
     )
 
 
 def make_rows(num_rows: int, seed: int = 0) -> LossRows:
-    """Random constants of `num_rows` tokens in sequences of 5; about half of them in one of two routes."""
+    """Random constants of `num_rows` tokens in sequences of 5; about half of them in one of two routes.
+
+    Older weights wrote the first two of each sequence.
+    """
     generator = torch.Generator().manual_seed(seed)
     route_row = torch.nonzero(torch.rand(num_rows, generator=generator) < 0.5).squeeze(-1)
     return LossRows(
@@ -85,6 +87,7 @@ def make_rows(num_rows: int, seed: int = 0) -> LossRows:
         num_sequences=-(-num_rows // 5),
         advantages=torch.randn(num_rows, generator=generator),
         rollout_logprobs=-torch.rand(num_rows, generator=generator),
+        is_stale=torch.arange(num_rows) % 5 < 2,
         pg_weight=torch.rand(num_rows, generator=generator) / num_rows,
         route_row=route_row,
         route_index=torch.randint(2, (len(route_row),), generator=generator),
@@ -96,6 +99,11 @@ def make_rows(num_rows: int, seed: int = 0) -> LossRows:
 def plain(rows: LossRows) -> LossRows:
     """The same rows without any route."""
     return replace(rows, **{name: getattr(rows, name)[:0] for name in ROUTED_FIELDS})
+
+
+def fresh(rows: LossRows) -> LossRows:
+    """The same rows as if the weights of the step had written all of them."""
+    return replace(rows, is_stale=torch.zeros_like(rows.is_stale))
 
 
 def make_logits(rows: LossRows, seed: int = 1) -> tuple[Tensor, Tensor]:
@@ -207,6 +215,59 @@ def test_mismatch_metrics_by_hand() -> None:
         assert metrics["mismatch/correction_capped_frac"] == (0.5 if level == "token" else 0.0)
 
 
+def test_tokens_of_older_weights_are_told_apart_by_hand() -> None:
+    # As above, with a third token that the sampler knew nothing of. Older weights wrote the first two, ratios 2 (cut at
+    # 1.5) and 1/2; the fresh ones are the third, and a fourth with ratio 4, which is not corrected.
+    logits = torch.tensor([[0.5, 0.5, 0.0], [0.25, 0.25, 0.5], [0.5, 0.5, 0.0], [0.5, 0.5, 0.0]])
+    rows = rows_of(
+        targets=[0, 1, 0, 0],
+        rollout_logprobs=[math.log(1 / 4), math.log(1 / 2), math.nan, math.log(1 / 8)],
+        is_stale=[True, True, False, False],
+        advantages=[1.0] * 4,
+    )
+    half = math.log(2)
+    parts, sums = logits_loss(logits.clamp(min=1e-30).log(), rows, objective(correction=CUT), torch.zeros(0, 3))
+    assert parts.policy.item() == pytest.approx(-(1.5 + 0.5 + 1 + 1), abs=1e-6)
+    found = {name: value for name, value in metrics_of(sums, objective()).items() if name.startswith("mismatch/")}
+    assert found == {
+        "mismatch/logprob_gap_mean_nats": pytest.approx(4 / 3 * half, abs=1e-6),
+        "mismatch/logprob_gap_max_nats": pytest.approx(2 * half, abs=1e-6),
+        "mismatch/kl_nats": pytest.approx((0.5 + 3 - 2 * half) / 3, abs=1e-6),
+        "mismatch/correction_mean": pytest.approx(1.0, abs=1e-6),
+        "mismatch/correction_capped_frac": 0.25,
+        "mismatch/stale_logprob_gap_mean_nats": pytest.approx(half, abs=1e-6),
+        "mismatch/stale_logprob_gap_max_nats": pytest.approx(half, abs=1e-6),
+        "mismatch/stale_kl_nats": pytest.approx(0.25, abs=1e-6),
+        "mismatch/stale_correction_mean": pytest.approx(1.0, abs=1e-6),
+        "mismatch/stale_correction_capped_frac": 0.5,
+        "mismatch/fresh_logprob_gap_mean_nats": pytest.approx(2 * half, abs=1e-6),
+        "mismatch/fresh_logprob_gap_max_nats": pytest.approx(2 * half, abs=1e-6),
+        "mismatch/fresh_kl_nats": pytest.approx(3 - 2 * half, abs=1e-6),
+        "mismatch/fresh_correction_mean": 1.0,
+        "mismatch/fresh_correction_capped_frac": 0.0,
+    }
+
+
+@pytest.mark.parametrize("policy_gradient", [Clipped(), Gspo(), Cispo(), Reinforce()], ids=lambda each: each.type)
+def test_where_no_weights_are_older_their_correction_changes_no_bit(policy_gradient: PolicyGradient) -> None:
+    rows = fresh(make_rows(40))
+    logits, teacher = make_logits(rows)
+    corrected, without = (
+        objective(FKL, RKL, policy_gradient=policy_gradient, correction=RolloutCorrection(level=level, cap=1.0))
+        for level in ("stale", "none")
+    )
+    for old in ((), (target_logprobs(logits.detach(), rows.targets, 1.0) - 0.3,)):
+        found, expected = (logits_loss(logits, rows, loss, teacher, *old) for loss in (corrected, without))
+        assert torch.equal(found[0].total, expected[0].total)
+        assert {name: value.item() for name, value in found[1].items()} == {
+            name: value.item() for name, value in expected[1].items()
+        }
+        gradients = [gradient_of(logits, rows, loss, teacher, *old) for loss in (corrected, without)]
+        assert torch.equal(*gradients)
+        older = replace(rows, is_stale=~rows.is_stale)  # here it does
+        assert not torch.equal(gradient_of(logits, older, corrected, teacher, *old), gradients[0])
+
+
 def test_corrections_of_tokens_and_of_sequences_scale_the_policy_gradient_only() -> None:
     # Sequence 0 has the tokens 0 and 1 (ratios 2 and 2), sequence 1 the token 2 (ratio 1/2); the cap is 3. By token the
     # weights are 2, 2, 1/2; by sequence min(4, 3) twice and 1/2. The gradient per logit is -A w (onehot - p).
@@ -265,7 +326,7 @@ def test_a_batch_without_any_sampled_token_has_no_mismatch() -> None:
 
 
 def test_without_routed_rows_loss_and_gradient_are_bit_equal_to_grpo() -> None:
-    rows = plain(make_rows(40))
+    rows = fresh(plain(make_rows(40)))
     logits, _ = make_logits(rows)
     found, alone = (logits_loss(logits, rows, loss, torch.zeros(0, 0))[0] for loss in (BOTH, objective()))
     assert torch.equal(found.total, alone.total)

@@ -29,11 +29,13 @@ from synthetic_step import (
     every_token_routed,
     head_inputs,
     make_case,
+    of_older_weights,
     on_policy,
     one_token_each,
     parts_of,
     preset_config,
     stages,
+    up_to_two_versions_late,
     whole,
     with_routes,
     without_spans,
@@ -87,7 +89,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "half_of_the_ramp": {"step": 25},
     "every_token_routed": {"change": every_token_routed},
     "one_token_each": {"edit": one_token_each},
+    "older_weights": {"step": 2, "change": up_to_two_versions_late, "edit": of_older_weights},
 }
+OLDER = VARIANTS["older_weights"]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -119,6 +123,18 @@ def test_loss_and_gradient_are_those_of_autograd_through_all_logits(preset: str,
         assert_same(evaluate(case, whole(case), old), (expected.item(), flat_gradient(expected)))
 
 
+@every_preset
+def test_what_older_weights_wrote_is_corrected_where_a_method_has_a_policy_gradient(preset: str) -> None:
+    step, change = OLDER["step"], OLDER["change"]
+    (_, late), (_, fresh) = (
+        evaluate(case, whole(case), OLD_POLICY)
+        for case in (make_case(preset, **OLDER), make_case(preset, step=step, change=change))
+    )
+    algorithm = preset_config(preset).algorithm
+    is_corrected = algorithm.has_policy_gradient and algorithm.rollout_correction.level == "stale"
+    assert (float((late - fresh).norm()) > 1e-3) == is_corrected
+
+
 ROWS_PER_TILE = [1, 3, 7, 20]
 """The batch of `synthetic_step` has 81 rows, which neither 7 nor 20 divide."""
 ROW_BYTES = VOCAB * 8
@@ -127,7 +143,7 @@ ROW_BYTES = VOCAB * 8
 @pytest.mark.parametrize("rows_per_tile", ROWS_PER_TILE)
 @every_preset
 def test_the_size_of_tiles_changes_nothing(preset: str, rows_per_tile: int) -> None:
-    case = make_case(preset)
+    case = make_case(preset, **OLDER)
     tile_bytes = rows_per_tile * ROW_BYTES
     for old in (None, OLD_POLICY):
         assert_same(evaluate(case, whole(case), old, tile_bytes=tile_bytes), evaluate(case, whole(case), old))
@@ -199,7 +215,7 @@ def test_more_padding_changes_nothing(preset: str) -> None:
 @pytest.mark.parametrize("multiple_of", [1, 16])
 @every_preset
 def test_sequences_end_to_end_give_what_padded_rows_give(preset: str, multiple_of: int) -> None:
-    case = make_case(preset)
+    case = make_case(preset, **OLDER)
     expected = evaluate(case, whole(case), OLD_POLICY)
     layout = Packed(multiple_of=multiple_of)
     assert pack(case.sequences, layout).grid.input_ids.shape[0] == 1
@@ -209,7 +225,7 @@ def test_sequences_end_to_end_give_what_padded_rows_give(preset: str, multiple_o
 
 @every_preset
 def test_the_order_of_rows_changes_nothing(preset: str) -> None:
-    case = make_case(preset)
+    case = make_case(preset, **OLDER)
     packed = pack(case.sequences, PADDED)
     random = torch.Generator().manual_seed(4)
     order = torch.randperm(len(packed.row_index), generator=random)
@@ -221,6 +237,7 @@ def test_the_order_of_rows_changes_nothing(preset: str) -> None:
         rows,
         **{name: getattr(rows, name)[order] for name in ("targets", "sequence", "advantages", "pg_weight")},
         rollout_logprobs=rows.rollout_logprobs[order],
+        is_stale=rows.is_stale[order],
         route_row=torch.argsort(order)[rows.route_row][routed],
         route_index=rows.route_index[routed],
         route_weight=rows.route_weight[routed],
@@ -395,7 +412,8 @@ def engine_step(preset: str, model_path: str, group: Group, world_size: int, zer
         return [item for rank in group.all("call", "score", batch) for item in rank]
 
     learner = SimpleNamespace(score=score)
-    _, batch = stages(config, 0, annotated_rollouts(config, 0), ENGINE_TEACHER, learner)
+    config = up_to_two_versions_late(config)
+    _, batch = stages(config, 2, of_older_weights(annotated_rollouts(config, 2)), ENGINE_TEACHER, learner)
     before = group.weights()
     report = group.train([batch])[0]
     assert report.num_micro_batches > 1

@@ -68,7 +68,7 @@ def make_rollout(sample: int) -> RoutedRollout:
         token_ids=(5, 6, 7),
         rollout_logprobs=np.array([-1.0, -2.0, -0.5], dtype=np.float32),
         finish_reason="stop",
-        policy_version=4,
+        token_versions=np.array([3, 4, 4]),
         text="größer",
     )
     annotated = AnnotatedRollout(GradedRollout(rollout, 1.0, "graded"), (Span(1, 3, "key", "arith"),), "annotated")
@@ -80,13 +80,13 @@ def batch_of(*routed: RoutedRollout) -> TrainingBatch:
     none, index = np.zeros(0), np.zeros(0, dtype=np.int64)
     return TrainingBatch(
         0,
-        0,
         tuple(
             TrainingSequence(
                 key=item.key,
                 prompt_token_ids=(1, 2),
                 token_ids=item.member.rollout.token_ids,
                 rollout_logprobs=none,
+                staleness=index,
                 advantages=np.array([0.5, 0.5, 0.75]),
                 pg_weight=np.array([1.0, 0.25, 0.25]),
                 route_positions=index,
@@ -179,7 +179,7 @@ def test_stored_rollouts_show_what_was_routed(tmp_path: Path) -> None:
     assert json.loads(text) == {
         "prompt_id": "p",
         "sample": 0,
-        "policy_version": 4,
+        "token_versions": [[3, 1], [4, 2]],
         "question": "größer?",
         "answer": "7",
         "solution": "4 + 3 = 7",

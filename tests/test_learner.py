@@ -10,7 +10,8 @@ from learner_harness import BATCHES, HEAD, Weights, gap, load, reference, run_co
 
 from trace_rl.errors import TrainingError, WorkerError
 from trace_rl.workers.learner import DeepSpeedLearner
-from trace_rl.workers.weight_sender import GlooGroup, TransferGroup, WeightDigest, WeightManifest, plan_buckets
+from trace_rl.workers.weight_digest import WeightDigest
+from trace_rl.workers.weight_wire import GlooGroup, TransferGroup, WeightManifest, plan_buckets
 
 pytestmark = pytest.mark.engine
 

@@ -52,6 +52,8 @@ class Engine:
     def __init__(self):
         self.weights, self.version, self.decodings, self.asked = np.zeros(VOCAB), -1, [], []
 
+    def cancel(self, keys): ...
+
     def generate(self, requests, decoding):
         self.decodings.append(decoding)
         self.asked.append(sorted({request.prompt.prompt_id for request in requests}))
@@ -66,7 +68,7 @@ class Engine:
                 (token,),
                 np.array([logprobs[token]]),
                 "stop",
-                self.version,
+                np.array([self.version]),
                 str(token),
             )
 
@@ -175,6 +177,11 @@ class Sync:
         return {"sync/canary_gap_max_nats": 0.0}
 
 
+class Unmeasured:
+    def metrics(self):
+        return {}
+
+
 class Journal:
     def __init__(self):
         self.steps, self.evaluations, self.rollouts = {}, {}, {}
@@ -198,8 +205,8 @@ class Checkpoints:
     def __init__(self, learner):
         self.learner, self.saved = learner, {}
 
-    def save(self, step, position):
-        self.saved[step] = (self.learner.weights.copy(), position)
+    def save(self, step, position, pending):
+        self.saved[step] = (self.learner.weights.copy(), position, pending)
 
 
 ROUTE = {
@@ -240,6 +247,7 @@ def make_roles(config, annotator=None, teacher=None, sampler=None):
         teacher_shapes=[A_PARAMETER] if teacher else [],
         learner=learner,
         weight_sync=Sync(learner, engine),
+        utilisation=Unmeasured(),
         journal=Journal(),
         checkpoints=Checkpoints(learner),
     )
@@ -259,9 +267,9 @@ def test_every_batch_is_written_by_weights_synced_before_it():
     roles = make_roles(config)
     train(config, roles)
     assert roles.weight_sync.versions == [0, 1, 2, 3, 4, 5]
-    assert [batch.policy_version for batch in roles.learner.batches] == [0, 1, 2, 3, 4]
+    assert [batch.step for batch in roles.learner.batches] == [0, 1, 2, 3, 4]
     for step, routed in roles.journal.rollouts.items():
-        assert {item.member.rollout.policy_version for item in routed} == {step}
+        assert {version for item in routed for version in item.member.rollout.token_versions} == {step}
 
 
 def test_evaluations_and_checkpoints_come_on_time_and_at_the_end():
@@ -314,7 +322,8 @@ def test_a_resumed_run_reaches_the_weights_of_an_uninterrupted_one():
 
     first = make_roles(config)
     train(configured(steps=3), first)
-    weights, position = first.checkpoints.saved[3]
+    weights, position, pending = first.checkpoints.saved[3]
+    assert pending == []
     second = make_roles(config)
     second.learner.weights = weights
     second.prompts.seek(position)
@@ -364,7 +373,7 @@ def test_training_samples_come_from_the_sampler_and_evaluations_from_the_policy_
     sampler.version = -1  # nobody syncs it: its completions are not the policy's
     train(config, roles)
     assert sampler.decodings == [Decoding(1.1, 0.9, 5)] * 2
-    assert roles.generator.decodings == [Decoding(1.0)] * 2
+    assert roles.generator.decodings == [Decoding(1.0, goes_first=True)] * 2
     assert all(name.startswith("train/") for names in sampler.asked for name in names)
     assert all(name.startswith("heldout/") for names in roles.generator.asked for name in names)
 

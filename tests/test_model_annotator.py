@@ -72,7 +72,7 @@ class Asked(ModelAnnotator):
 
     def __init__(self, settings: Any, chat: PoliteChat, telling: Telling) -> None:
         super().__init__(settings, chat, telling)
-        self.usage, self.notices, self.give_up = chat.usage, chat.notices, chat.give_up
+        self.usage, self.notices = chat.usage, chat.notices
 
 
 def annotator(model: Scripted, folder: Path, settings: Any = SETTINGS, **options: Any) -> Asked:
@@ -333,24 +333,48 @@ def test_an_answer_that_comes_too_late_is_stored_all_the_same(tmp_path: Path) ->
     assert not again.asked
 
 
-def test_what_a_step_has_given_up_takes_no_place_from_the_next_one(tmp_path: Path) -> None:
-    """Two places. Of six requests two are being answered when the step gives up: they are stored, the other four are
-    not sent but for one, which the next step asks for again; its two requests have places at once."""
+def test_what_nobody_waits_for_any_more_takes_no_place_from_others(tmp_path: Path) -> None:
+    """Two places. Of six requests two are being answered when they are given up: they are stored, the other four are
+    not sent but for one, which is asked for again; it and a new one have places at once."""
     limits = LIMITS.model_copy(update={"concurrency": 2})
     model = Scripted(lambda number, asked: GOOD, delay_s=0.2)
     asked = annotator(model, tmp_path, SETTINGS.model_copy(update={"limits": limits}))
 
-    async def two_steps() -> tuple[list[Any], list[Any]]:
-        first = asyncio.gather(*(asked.answer(request(str(n))) for n in range(6)), return_exceptions=True)
+    async def two_steps() -> tuple[list[Any], float]:
+        first = [asyncio.ensure_future(asked.answer(request(str(n)))) for n in range(6)]
         await asyncio.sleep(0.1)
-        asked.give_up()
+        for waiting in first:
+            waiting.cancel()
+        started = time.monotonic()
         second = await ask_all(asked, [request("5"), request("7")])
-        return await first, second
+        took_s = time.monotonic() - started
+        await asyncio.sleep(0.3)
+        return second, took_s
 
-    first, second = asyncio.run(two_steps())
-    assert causes(first) == ["answered"] * 2 + ["timeout"] * 3 + ["answered"]  # the last one was asked for again
+    second, took_s = asyncio.run(two_steps())
     assert causes(second) == ["answered"] * 2
+    assert took_s < 0.38  # beside the two that are still being answered, not after them
     assert len(model.asked) == 4
+    again = Scripted(lambda number, asked: GOOD)
+    assert causes(asyncio.run(ask_all(annotator(again, tmp_path), [request("0"), request("1")]))) == ["answered"] * 2
+    assert not again.asked
+
+
+def test_what_others_wait_for_goes_on_where_one_stops_waiting(tmp_path: Path) -> None:
+    model = Scripted(lambda number, asked: GOOD, delay_s=0.2)
+    asked = annotator(
+        model, tmp_path, SETTINGS.model_copy(update={"limits": LIMITS.model_copy(update={"concurrency": 1})})
+    )
+
+    async def one_leaves() -> Any:
+        first = asyncio.ensure_future(asked.answer(request("a")))
+        queued = [asyncio.ensure_future(asked.answer(request("b"))) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        queued[0].cancel()
+        return [await first, await queued[1]]
+
+    assert causes(asyncio.run(one_leaves())) == ["answered"] * 2
+    assert len(model.asked) == 2
 
 
 def test_a_response_too_long_for_the_model_is_shown_without_its_middle(tmp_path: Path) -> None:

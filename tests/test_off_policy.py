@@ -56,8 +56,9 @@ class Engine:
     def _sample(self, request: RolloutRequest) -> Rollout:
         self.num_yielded += 1
         logprobs = np.array([-0.5, -1.5], dtype=np.float32)
-        ids = (self.token, request.sample)
-        return Rollout(request.prompt, request.sample, request.prompt_token_ids, ids, logprobs, "length", 3, "text")
+        ids, versions = (self.token, request.sample), np.array([3, 4])
+        prompt_ids = request.prompt_token_ids
+        return Rollout(request.prompt, request.sample, prompt_ids, ids, logprobs, "length", versions, "text")
 
 
 def sides(num_prompts: int, samples: int, frac: float, step: int = 0) -> dict[str, str]:
@@ -85,7 +86,7 @@ def test_a_solution_becomes_the_completion_of_every_sample() -> None:
         assert rollout.rollout_logprobs.shape == (3,)
         assert rollout.rollout_logprobs.dtype == np.float32
         assert np.isnan(rollout.rollout_logprobs).all()
-        assert rollout.policy_version == NOT_THE_POLICY
+        assert rollout.token_versions.tolist() == [NOT_THE_POLICY] * len(rollout.token_ids)
         assert rollout.text == "s0"
 
 
@@ -159,7 +160,7 @@ def test_a_teacher_keeps_its_tokens_and_its_logprobs_are_unknown() -> None:
     for rollout in rollouts:
         assert rollout.token_ids == (7, rollout.sample)
         assert (rollout.finish_reason, rollout.text, rollout.prompt_token_ids) == ("length", "text", (5, 6))
-        assert rollout.policy_version == NOT_THE_POLICY
+        assert rollout.token_versions.tolist() == [NOT_THE_POLICY] * len(rollout.token_ids)
         assert rollout.rollout_logprobs.shape == (2,)
         assert np.isnan(rollout.rollout_logprobs).all()
 

@@ -34,6 +34,7 @@ def sequence(prompt: list[int], response: list[int], routed: list[int], name: st
         prompt_token_ids=tuple(prompt),
         token_ids=tuple(response),
         rollout_logprobs=-np.arange(1.0, time + 1),
+        staleness=np.arange(time)[::-1],
         advantages=np.full(time, advantage),
         pg_weight=np.full(time, 0.25),
         route_positions=np.array(routed, dtype=np.int64),
@@ -56,6 +57,8 @@ def test_pack_by_hand() -> None:
     assert packed.rows.sequence.tolist() == [0, 0, 1, 1, 1, 1] and packed.rows.num_sequences == 2
     assert packed.rows.advantages.tolist() == [-1, -1, 1, 1, 1, 1]
     assert packed.rows.rollout_logprobs.tolist() == [-1, -2, -1, -2, -3, -4]
+    # versions behind: 1 and 0; 3, 2, 1 and 0
+    assert packed.rows.is_stale.tolist() == [True, False, True, True, True, False]
     assert packed.rows.route_row.tolist() == [1, 2, 5]
     assert packed.rows.route_index.tolist() == [0, 0, 0] and packed.rows.route_weight.tolist() == [0.5] * 3
     assert packed.rows.teacher_row.tolist() == [0, 1, 2]
@@ -99,8 +102,9 @@ def test_constants_are_float32_and_change_precision_together() -> None:
     for name, value in vars(rows).items():
         if isinstance(value, torch.Tensor):
             is_real = value.is_floating_point()
-            assert value.dtype == (torch.float32 if is_real else torch.long), name
-            assert getattr(precise, name).dtype == (torch.float64 if is_real else torch.long), name
+            kind = torch.bool if name == "is_stale" else torch.long
+            assert value.dtype == (torch.float32 if is_real else kind), name
+            assert getattr(precise, name).dtype == (torch.float64 if is_real else kind), name
     assert precise.num_sequences == 1
     assert torch.equal(rows.to(torch.device("cpu")).advantages, rows.advantages)
 

@@ -85,7 +85,7 @@ def test_spans_are_routed_under_the_cap_and_taught(trace_run):
             routed = [position for route in rollout["routes"] for position in route["positions"]]
             assert len(routed) <= 0.25 * len(rollout["token_ids"])
             assert not routed or rollout["reward"] == 1
-            assert rollout["policy_version"] == step
+            assert rollout["token_versions"] == [[step, len(rollout["token_ids"])]]
 
 
 def test_what_one_sees(trace_run):

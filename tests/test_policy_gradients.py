@@ -1,6 +1,7 @@
 """Policy-gradient terms: every branch by hand, where the gradient stops, and the correction for the sampler."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from trace_rl.policy_gradients import (
     PolicyRows,
     Reinforce,
     RolloutCorrection,
+    SamplerRows,
     mismatch_statistics,
 )
 
@@ -183,47 +185,71 @@ def test_gradients_agree_with_finite_differences_away_from_the_corners(kind: Pol
 OLD = torch.tensor([0.5, 0.25, 0.4, 0.1], dtype=torch.float64).log()
 SAMPLER = torch.tensor([0.25, 0.5, 0.1, 0.1], dtype=torch.float64).log()
 """Ratios 2, 1/2, 4, 1."""
-SEQUENCE = torch.tensor([0, 0, 1, 1])
+SAMPLED = SamplerRows(OLD, SAMPLER, torch.tensor([False, True, True, True]), torch.tensor([0, 0, 1, 1]), 2)
 
 
 @pytest.mark.parametrize(
     ("level", "weights"),
     [
         ("none", [1.0, 1.0, 1.0, 1.0]),
+        ("stale", [1.0, 0.5, 3.0, 1.0]),  # 2 belongs to a fresh token, 4 is cut at 3
         ("token", [2.0, 0.5, 3.0, 1.0]),  # 4 is cut at 3
         ("sequence", [1.0, 1.0, 3.0, 3.0]),  # products 1 and 4
     ],
 )
 def test_rollout_correction_by_hand(level: str, weights: list[float]) -> None:
-    found, _ = RolloutCorrection(level=level, cap=3.0).weights(OLD.clone().requires_grad_(), SAMPLER, SEQUENCE, 2)
+    rows = replace(SAMPLED, old_logprobs=OLD.clone().requires_grad_())
+    found, is_capped = RolloutCorrection(level=level, cap=3.0).weights(rows)
+    assert is_capped.tolist() == [weight == 3.0 for weight in weights]
     assert found.tolist() == pytest.approx(weights, abs=1e-12)
     assert not found.requires_grad
+
+
+def test_a_fresh_token_has_weight_one_whatever_the_sampler_says() -> None:
+    for sampler in (SAMPLER, SAMPLER + 30, SAMPLER - 300):
+        rows = replace(SAMPLED, rollout_logprobs=sampler)
+        found, is_capped = RolloutCorrection(cap=1.0).weights(rows)
+        assert (found[0], is_capped[0]) == (1.0, False)
 
 
 def test_token_correction_makes_a_mismatched_sampler_unbiased() -> None:
     # Without a cut, sum over tokens of sampler x weight x f is sum of learner x f.
     learner, sampler = torch.tensor([0.7, 0.3]).log(), torch.tensor([0.4, 0.6]).log()
-    weights, _ = RolloutCorrection(level="token", cap=100).weights(learner, sampler, torch.arange(2), 2)
+    rows = SamplerRows(learner, sampler, torch.zeros(2, dtype=torch.bool), torch.arange(2), 2)
+    weights, _ = RolloutCorrection(level="token", cap=100).weights(rows)
     torch.testing.assert_close(sampler.exp() * weights, learner.exp())
 
 
 def test_mismatch_by_hand() -> None:
     # gaps log 2, -log 2, log 4, 0; k3 = r - 1 - log r: 1 - log 2, -1/2 + log 2, 3 - log 4, 0
-    correction = RolloutCorrection(level="token", cap=3.0).weights(OLD, SAMPLER, SEQUENCE, 2)
-    found = {name: value.item() for name, value in mismatch_statistics(OLD, SAMPLER, *correction).items()}
+    correction = RolloutCorrection(level="token", cap=3.0).weights(SAMPLED)
+    found = {name: value.item() for name, value in mismatch_statistics(SAMPLED, *correction).items()}
     assert found == {
         "mismatch": pytest.approx(4 * math.log(2)),
         "mismatch_max": pytest.approx(2 * math.log(2)),
         "mismatch_k3": pytest.approx(3.5 - 2 * math.log(2)),
         "correction": pytest.approx(6.5),
         "correction_capped": 1.0,
+        # the first token is fresh, the others are not
+        "stale_tokens": 3.0,
+        "fresh_mismatch": pytest.approx(math.log(2)),
+        "fresh_mismatch_max": pytest.approx(math.log(2)),
+        "fresh_mismatch_k3": pytest.approx(1 - math.log(2)),
+        "fresh_correction": pytest.approx(2.0),
+        "fresh_correction_capped": 0.0,
+        "stale_mismatch": pytest.approx(3 * math.log(2)),
+        "stale_mismatch_max": pytest.approx(2 * math.log(2)),
+        "stale_mismatch_k3": pytest.approx(2.5 - math.log(2)),
+        "stale_correction": pytest.approx(4.5),
+        "stale_correction_capped": 1.0,
     }
-    nothing = torch.zeros(0)
-    assert all(value == 0 for value in mismatch_statistics(nothing, nothing, nothing, nothing.bool()).values())
+    none = torch.zeros(0)
+    nothing = SamplerRows(none, none, none.bool(), none.long(), 0)
+    assert all(value == 0 for value in mismatch_statistics(nothing, none, none.bool()).values())
 
 
-@pytest.mark.parametrize("level", ["none", "token", "sequence"])
+@pytest.mark.parametrize("level", ["none", "stale", "token", "sequence"])
 def test_a_sampler_that_is_the_policy_is_never_capped(level: str) -> None:
-    weights, is_capped = RolloutCorrection(level=level, cap=1.0).weights(OLD, OLD, SEQUENCE, 2)
+    weights, is_capped = RolloutCorrection(level=level, cap=1.0).weights(replace(SAMPLED, rollout_logprobs=OLD))
     assert weights.tolist() == [1.0] * 4
     assert not is_capped.any()

@@ -14,8 +14,11 @@ from rich.console import Console
 
 from trace_rl.actions import RowAction
 from trace_rl.batch import RoutedRollout, TrainingBatch
+from trace_rl.config.placement import Placement
 from trace_rl.config.run import RunConfig
 from trace_rl.launch.journal import RunJournal
+from trace_rl.launch.placement import PlacementPlan
+from trace_rl.launch.seats import Place, Seats
 from trace_rl.overlays import load_config
 from trace_rl.protocols import Learner
 from trace_rl.tasks.arithmetic import base_model_path
@@ -50,16 +53,27 @@ class Recording(RunJournal):
         self.batches.append(batch)
 
 
+class Anywhere(Place):
+    """A place where Ray has room: what is kept for all presets must not go with one's placement group."""
+
+    def options(self) -> dict[str, Any]:
+        return {"num_cpus": self.seat.num_cpus}
+
+
 class Shared:
-    """Stands in for `launch.cluster.actor_of`: engines, rewarder and annotator are started once and kept."""
+    """Stands in for `launch.seats`: engines, rewarder and annotator are started once and kept, where Ray has room."""
 
     def __init__(self, make: Callable[..., Any]) -> None:
         self._make = make
         self._kept: dict[Any, Any] = {}
         self.own: list[Any] = []
 
-    def actor(self, role: type, resources: Any, **options: Any) -> Any:
-        made = self._make(role, resources, **options)
+    @staticmethod
+    def take_seats(plan: PlacementPlan, placement: Placement) -> Seats:
+        return Seats(plan, None, is_one_machine=True, patience_s=placement.start_timeout_s)
+
+    def actor(self, role: type, place: Any, **options: Any) -> Any:
+        made = self._make(role, place, **options)
 
         class Factory:
             @staticmethod
@@ -90,12 +104,14 @@ class Shared:
 
 @pytest.fixture(scope="module")
 def shared(local_ray: None) -> Iterator[Shared]:
-    from trace_rl.launch import annotators, cluster, roles
+    from trace_rl.launch import actors, annotators, seats
 
-    made = Shared(cluster.actor_of)
+    made = Shared(seats.actor_of)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (roles, annotators):
+        for module in (actors, annotators):
             patch.setattr(module, "actor_of", made.actor)
+        patch.setattr(actors, "take_seats", made.take_seats)
+        patch.setattr(seats, "Place", Anywhere)
         yield made
     made.end_all()
 

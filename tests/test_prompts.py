@@ -123,9 +123,8 @@ def test_seeds_have_63_bits_and_tell_their_parts_apart() -> None:
 
 
 def routed(positions: list[int], *spans: Span, sample: int = 0, length: int = 6, route: int = 0) -> RoutedRollout:
-    rollout = Rollout(
-        PROMPT, sample, (1,), tuple(range(50, 50 + length)), np.zeros(length, dtype=np.float32), "stop", 0, "text"
-    )
+    ids, logprobs, versions = tuple(range(50, 50 + length)), np.zeros(length), np.zeros(length, dtype=np.int64)
+    rollout = Rollout(PROMPT, sample, (1,), ids, logprobs, "stop", versions, "text")
     annotated = AnnotatedRollout(GradedRollout(rollout, 1.0, "graded"), spans, "annotated")
     tokens = (RoutedTokens(route, np.array(positions), 1.0),) if positions else ()
     return RoutedRollout(GroupMember(annotated, (annotated,)), 0.0, tokens)

@@ -126,7 +126,7 @@ def annotated(name: str, config: RunConfig) -> AnnotatedRollout:
         token_ids=tuple(BATCH.tokens[name].tolist()),
         rollout_logprobs=BATCH.rollout_logprobs[name].numpy() if is_policy else np.full(LENGTHS[name], np.nan),
         finish_reason="stop",
-        policy_version=STEP if is_policy else -1,
+        token_versions=np.full(LENGTHS[name], STEP if is_policy else -1),
         text=f"text of {name}",
     )
     feedback = "the answer is wrong" if name == "D" else ""
@@ -465,7 +465,7 @@ def without_bounds(config: RunConfig) -> dict[str, RunConfig]:
     for setting, loose in (("clip_low", 0.999), ("clip_high", 1e6)):
         if getattr(gradient, setting, 1.0) < 1:
             found[setting] = changed(policy_gradient=gradient.model_copy(update={setting: loose}))
-    if correction.level != "none":
+    if correction.level in ("token", "sequence"):
         found["correction"] = changed(rollout_correction=correction.model_copy(update={"cap": 1e6}))
     for name, route in algorithm.routes.items():
         for setting, other in _other_actions(route).items():

@@ -36,10 +36,10 @@ def actor(local_ray: None) -> Iterator[object]:
 
 def rollout(index: int, text: str, answer: str = "70", finish_reason: FinishReason = "stop") -> Rollout:
     prompt = Prompt(f"p{index}", "question", answer)
-    return Rollout(prompt, 0, (1,), (2, 3), np.zeros(2), finish_reason, 0, text)
+    return Rollout(prompt, 0, (1,), (2, 3), np.zeros(2), finish_reason, np.array([0, 0]), text)
 
 
-def test_rollouts_are_graded_and_counted_by_cause(actor: object) -> None:
+def test_rollouts_are_graded_and_marked_with_the_cause(actor: object) -> None:
     grader = RayGrader(actor, SETTINGS)
     rollouts = [
         rollout(0, "\\boxed{70}"),
@@ -58,14 +58,6 @@ def test_rollouts_are_graded_and_counted_by_cause(actor: object) -> None:
         "p4": (0.0, "timeout"),
         "p5": (0.0, "error"),
     }
-    assert grader.metrics() == {
-        "reward/graded": 3.0,
-        "reward/truncated": 1.0,
-        "reward/timeouts": 1.0,
-        "reward/errors": 1.0,
-        "reward/zeros_frac": 2 / 3,
-    }
-    assert grader.metrics()["reward/graded"] == 0.0
 
 
 def test_many_small_rollouts_cost_little(actor: object) -> None:

@@ -27,7 +27,7 @@ def routed(sample: int, text: str = TEXT, **changes: Any) -> RoutedRollout:
         token_ids=(5, 6, 7),
         rollout_logprobs=np.array([-1.0, -2.0, -0.5], dtype=np.float32),
         finish_reason="length",
-        policy_version=4,
+        token_versions=np.array([3, 4, 4]),
         text=text,
     )
     graded = GradedRollout(rollout, **{"reward": 0.25, "cause": "truncated", "feedback": "Too long.", **changes})
@@ -43,8 +43,9 @@ def test_what_the_journal_writes_is_read_back(tmp_path: Path) -> None:
     for one, item in zip(read, given, strict=True):
         before, after = item.member.graded, one.graded
         assert (after.reward, after.cause, after.feedback) == (before.reward, before.cause, before.feedback)
-        for name in ("prompt", "sample", "token_ids", "finish_reason", "policy_version", "text"):
+        for name in ("prompt", "sample", "token_ids", "finish_reason", "text"):
             assert getattr(after.rollout, name) == getattr(before.rollout, name), name
+        assert after.rollout.token_versions.tolist() == [3, 4, 4]
         assert one.spans == SPANS
 
 
@@ -116,9 +117,22 @@ def without(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
         (lambda line: {**line, "token_ids": [5, 6, "7"]}, r"token_ids\.2: Input should be a valid integer"),
         (lambda line: {**line, "finish_reason": "eos"}, r"finish_reason: Input should be 'stop' or 'length'"),
         (lambda line: {**line, "spans": [{"start": 0}]}, r"spans\.0\.end: Field required"),
+        (lambda line: {**line, "token_versions": [[4, 2]]}, r"the whole: .* token_versions has 2 tokens, but .* 3"),
+        (lambda line: {**line, "token_versions": [[4, 4], [5, -1]]}, r"token_versions\.1\.1: .* greater than 0"),
+        (without("token_versions"), r"the whole: .* token_versions has 0 tokens, but"),
         (lambda line: [line], r"the whole: Input should be an object"),
     ],
-    ids=["missing", "no list", "no number", "unknown word", "half a span", "no mapping"],
+    ids=[
+        "missing",
+        "no list",
+        "no number",
+        "unknown word",
+        "half a span",
+        "short",
+        "negative",
+        "no versions",
+        "no mapping",
+    ],
 )
 def test_a_line_that_is_no_rollout_is_named(tmp_path: Path, change: Callable[[Any], Any], what: str) -> None:
     write_rollouts(tmp_path, 0, [routed(0), routed(1), routed(2)])
@@ -137,3 +151,13 @@ def test_a_line_that_is_no_text_is_named(tmp_path: Path, broken: bytes) -> None:
     file.write_bytes(file.read_bytes() + broken + b"\n")
     with pytest.raises(DataError, match=r"step-000000\.jsonl:2 is not a rollout as trace-rl writes them \(the whole"):
         read_dump([file])
+
+
+def test_a_dump_of_one_version_a_rollout_is_still_read(tmp_path: Path) -> None:
+    write_rollouts(tmp_path, 0, [routed(0)])
+    (file,) = dump_files(tmp_path)
+    line = json.loads(file.read_bytes())
+    assert line.pop("token_versions") == [[3, 1], [4, 2]]
+    file.write_text(json.dumps({**line, "policy_version": 7}) + "\n")
+    (read,) = read_dump([file])
+    assert read.graded.rollout.token_versions.tolist() == [7, 7, 7]

@@ -11,6 +11,7 @@ from trace_rl.batch import TeacherRequest, TeacherRows, TrainingBatch
 from trace_rl.config.run import RunConfig
 from trace_rl.errors import CheckpointError
 from trace_rl.launch.run_folder import (
+    Progress,
     RunCheckpoints,
     RunFolder,
     open_run_folder,
@@ -19,6 +20,7 @@ from trace_rl.launch.run_folder import (
 )
 from trace_rl.launch.summary import Evaluation, Outcome, summarise_run
 from trace_rl.overlays import load_config
+from trace_rl.protocols import Drawn
 
 
 def make_config(folder: Path, **run: Any) -> RunConfig:
@@ -118,49 +120,51 @@ def test_a_changed_value_that_stands_elsewhere_too_is_named(tmp_path: Path, capl
 def test_a_checkpoint_brings_everything_back(tmp_path: Path) -> None:
     checkpoints, learner, teacher = make_checkpoints(tmp_path)
     learner.value, teacher.value = 7, 5
-    checkpoints.save(20, {"epoch": 1, "offset": 8})
+    checkpoints.save(20, {"epoch": 1, "offset": 8}, [Drawn({"epoch": 1, "offset": 4}, 4, 1)])
     learner.value = teacher.value = 0
-    assert checkpoints.load_newest() == (20, {"epoch": 1, "offset": 8})
+    assert checkpoints.load_newest() == Progress(
+        20, {"epoch": 1, "offset": 8}, (Drawn({"epoch": 1, "offset": 4}, 4, 1),)
+    )
     assert (learner.value, teacher.value) == (7, 5)
 
 
 def test_the_newest_checkpoint_is_found_by_number(tmp_path: Path) -> None:
     checkpoints, *_ = make_checkpoints(tmp_path, keep=10)
     for step in (900, 1000, 1000000, 20):
-        checkpoints.save(step, {"index": step})
+        checkpoints.save(step, {"index": step}, [])
     assert steps_in(checkpoints) == [20, 900, 1000, 1000000]
-    assert checkpoints.load_newest() == (1000000, {"index": 1000000})
+    assert checkpoints.load_newest() == Progress(1000000, {"index": 1000000}, ())
 
 
 def test_old_checkpoints_are_removed_after_the_new_one_is_complete(tmp_path: Path) -> None:
     checkpoints, learner, _ = make_checkpoints(tmp_path, keep=2)
     for step in (10, 20, 30):
-        checkpoints.save(step, {})
+        checkpoints.save(step, {}, [])
     assert steps_in(checkpoints) == [20, 30]
     assert sorted(path.name for path in checkpoints.folder.checkpoints.iterdir()) == ["step-000020", "step-000030"]
     learner.is_broken = True
     with pytest.raises(OSError, match="disk full"):
-        checkpoints.save(40, {})
+        checkpoints.save(40, {}, [])
     assert steps_in(checkpoints) == [20, 30]
 
 
 def test_a_half_written_checkpoint_does_not_exist_and_can_be_written_again(tmp_path: Path) -> None:
     checkpoints, learner, _ = make_checkpoints(tmp_path)
-    checkpoints.save(10, {"index": 1})
+    checkpoints.save(10, {"index": 1}, [])
     learner.is_broken = True
     with pytest.raises(OSError, match="disk full"):
-        checkpoints.save(20, {"index": 2})
-    assert checkpoints.load_newest() == (10, {"index": 1})
+        checkpoints.save(20, {"index": 2}, [])
+    assert checkpoints.load_newest() == Progress(10, {"index": 1}, ())
     learner.is_broken, learner.value = False, 9
-    checkpoints.save(20, {"index": 2})
-    assert checkpoints.load_newest() == (20, {"index": 2})
+    checkpoints.save(20, {"index": 2}, [])
+    assert checkpoints.load_newest() == Progress(20, {"index": 2}, ())
     assert learner.value == 9
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"step": 10}', '{"position": {"index": "x"}}', '{"position": 3}'])
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, content: str) -> None:
     checkpoints, *_ = make_checkpoints(tmp_path)
-    checkpoints.save(10, {"index": 1})
+    checkpoints.save(10, {"index": 1}, [])
     (tmp_path / "checkpoints" / "step-000010" / "trainer.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"trainer\.json is damaged .* remove .*step-000010"):
         checkpoints.load_newest()
@@ -214,7 +218,7 @@ def test_nothing_is_copied_where_nothing_is_dropped(tmp_path: Path) -> None:
 
 def test_the_summary_says_what_was_gained_and_where_to_look(tmp_path: Path) -> None:
     checkpoints, *_ = make_checkpoints(tmp_path)
-    checkpoints.save(60, {})
+    checkpoints.save(60, {}, [])
     config = make_config(tmp_path, steps=60)
     # 40 samples: evaluation.num_prompts asks for 64, but there may be fewer held-out rows
     evaluations = [Evaluation(0, 0.5, 40), Evaluation(20, 0.6, 40), Evaluation(60, 0.825, 40)]

@@ -84,7 +84,7 @@ def test_two_pairs_divide_the_sequences(local_ray: None, model_path: str, expect
         report = group.train(BATCHES)[1]
         assert report.num_micro_batches == -(-len(BATCHES[1].sequences) // 2)
         assert gap(group.weights(), expected[0]) <= TOLERANCE
-        assert len(by_key(group.all("call", "score", TrainingBatch(0, 0, BATCHES[0].sequences)))) == 3
+        assert len(by_key(group.all("call", "score", TrainingBatch(0, BATCHES[0].sequences)))) == 3
     finally:
         group.close()
 

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from rollouts import ERROR, KEY, annotated, configured, error, key
 
-from trace_rl.batch import RolloutKey, TeacherRequest, TeacherRows
+from trace_rl.batch import RolloutKey, TeacherRequest, TeacherRows, TrainingBatch
 from trace_rl.flops import TransformerShape
 from trace_rl.routing import route_rollouts
-from trace_rl.step_metrics import rollout_metrics, route_metrics, teacher_metrics
+from trace_rl.step_metrics import rollout_metrics, route_metrics, staleness_metrics, teacher_metrics
+from trace_rl.training_batch import Evidence, training_batch
 
 TRACE = configured({"key_spans": KEY, "error_spans": ERROR})
 ROLLOUTS = [
@@ -20,6 +21,11 @@ ROLLOUTS = [
 
 def test_rollout_metrics_by_hand() -> None:
     assert rollout_metrics([item.graded for item in ROLLOUTS], 3) == {
+        "reward/graded": 4.0,
+        "reward/truncated": 0.0,
+        "reward/timeouts": 0.0,
+        "reward/errors": 0.0,
+        "reward/zeros_frac": 0.75,
         "reward/mean": 0.25,
         "reward/zero_variance_groups_frac": 0.5,
         "response/length_mean_tokens": 6.0,
@@ -27,6 +33,25 @@ def test_rollout_metrics_by_hand() -> None:
         "sampling/completions": 4.0,
         "sampling/trained_frac": 0.75,
     }
+
+
+def test_staleness_by_hand() -> None:
+    config = configured()
+    config = config.model_copy(update={"scheduling": config.scheduling.model_copy(update={"max_staleness": 3})})
+    versions = {"p": [3, 3, 4, 5], "q": [5, 5, 5, 5]}
+    routed = route_rollouts([annotated(name, 0, 4, 1.0, version=each) for name, each in versions.items()], config, 5)
+    batch = training_batch(routed, {}, Evidence([], {}), config, 5)
+    assert staleness_metrics(batch, 3) == {
+        "staleness/0_frac": 5 / 8,
+        "staleness/1_frac": 1 / 8,
+        "staleness/2_frac": 2 / 8,
+        "staleness/3_frac": 0.0,
+        "staleness/mean": 5 / 8,
+        "staleness/max": 2.0,
+    }
+    assert staleness_metrics(TrainingBatch(5, ()), 3) == {}
+    in_turn = staleness_metrics(TrainingBatch(5, batch.sequences[1:]), 0)
+    assert in_turn == {"staleness/0_frac": 1.0, "staleness/mean": 0.0, "staleness/max": 0.0}
 
 
 def test_route_metrics_by_hand() -> None:

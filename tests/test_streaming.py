@@ -1,16 +1,18 @@
 """Items go through a role as they come: none is lost, none waits for another, every failure has a name."""
 
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trace_rl.errors import WorkerError
-from trace_rl.workers.streaming import Call, Unserved, stream
+from trace_rl.workers.streaming import Call, Gate, Unserved, stream
 
 
 def call(serve: Callable[[Sequence[int]], Sequence[int]], **options: object) -> Call[int, int]:
@@ -32,7 +34,7 @@ def double(batch: Sequence[int]) -> list[int]:
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(-5, 100)), st.integers(1, 5), st.integers(1, 3))
 def test_every_item_comes_out_once(items: list[int], max_batch: int, max_in_flight: int) -> None:
-    out = list(stream(items, call(double, max_batch=max_batch, max_in_flight=max_in_flight)))
+    out = list(stream(items, call(double, max_batch=max_batch, gate=Gate(max_in_flight))))
     expected = [(item, 2 * item if item >= 0 else Unserved.SKIPPED) for item in items]
     assert sorted(out, key=str) == sorted(expected, key=str)
 
@@ -60,7 +62,7 @@ def test_batches_fill_while_calls_are_under_way() -> None:
         time.sleep(0.05)
         return double(batch)
 
-    assert len(list(stream(range(300), call(serve, max_batch=100, max_in_flight=1)))) == 300
+    assert len(list(stream(range(300), call(serve, max_batch=100, gate=Gate(1))))) == 300
     assert sum(sizes) == 300 and len(sizes) <= 6 and max(sizes) <= 100
 
 
@@ -86,7 +88,7 @@ def test_a_role_that_hangs_costs_one_deadline() -> None:
 
     released = threading.Event()
     started = time.monotonic()
-    hung = call(serve, max_batch=1, max_in_flight=2, deadline_s=lambda num_served: 0.3)
+    hung = call(serve, max_batch=1, gate=Gate(2), deadline_s=lambda num_served: 0.3)
     assert sorted(stream(range(20), hung)) == [(item, Unserved.LATE) for item in range(20)]
     assert time.monotonic() - started < 3
     released.set()
@@ -137,7 +139,7 @@ def test_the_deadline_knows_how_much_is_being_served() -> None:
 
     finisher = threading.Thread(target=finish)
     finisher.start()
-    held = Call(submit, lambda item: True, deadline_s, "the holder", "holding", max_batch=1, max_in_flight=3)
+    held = Call(submit, lambda item: True, deadline_s, "the holder", "holding", max_batch=1, gate=Gate(3))
     assert len(list(stream([1, 2, 3], held))) == 3
     finisher.join(10)
     assert asked == [1, 2, 3]
@@ -185,3 +187,52 @@ def test_stopping_early_stops_the_producer() -> None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert len(pulled) <= 3
+
+
+def test_streams_of_one_role_share_its_places() -> None:
+    """Three streams, two places: never more calls under way, and every item is served."""
+    gate, lock = Gate(2), threading.Lock()
+    under_way = [0, 0]  # now, and at most
+
+    def serve(batch: Sequence[int]) -> Sequence[int]:
+        with lock:
+            under_way[0] += 1
+            under_way[1] = max(under_way)
+        time.sleep(0.01)
+        with lock:
+            under_way[0] -= 1
+        return double(batch)
+
+    found: list[list[Any]] = [[], [], []]
+    feeding = [
+        threading.Thread(target=lambda out=out: out.extend(stream(range(20), call(serve, max_batch=2, gate=gate))))
+        for out in found
+    ]
+    for thread in feeding:
+        thread.start()
+    for thread in feeding:
+        thread.join(20)
+    assert [sorted(out) for out in found] == [[(item, 2 * item) for item in range(20)]] * 3
+    assert under_way == [0, 2]
+
+
+def test_a_stream_that_finds_no_place_gives_up_after_its_drain_time() -> None:
+    gate = Gate(1)
+    assert gate.enter(queue.SimpleQueue()) is not None  # somebody else's, for ever
+    started = time.monotonic()
+    out = list(stream(range(3), call(double, gate=gate, drain_s=0.3)))
+    assert out == [(item, Unserved.LATE) for item in range(3)]
+    assert time.monotonic() - started < 2
+
+
+def test_a_place_is_given_back_once() -> None:
+    gate = Gate(1)
+    leave = gate.enter(queue.SimpleQueue())
+    assert leave is not None
+    waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    assert gate.enter(waiting) is None
+    leave()
+    leave()
+    assert waiting.qsize() == 1  # woken
+    assert gate.enter(waiting) is not None
+    assert gate.enter(waiting) is None

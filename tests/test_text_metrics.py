@@ -12,8 +12,8 @@ TYPES = ("missing_case", "arithmetic", "arithmetic_slip", "copy", "format", "fin
 
 def graded(text: str, num_tokens: int, question: str = QUESTION) -> GradedRollout:
     prompt = Prompt("p", question, "4")
-    logprobs = np.zeros(num_tokens, dtype=np.float32)
-    rollout = Rollout(prompt, 0, (1,), tuple(range(num_tokens)), logprobs, "stop", 0, text)
+    logprobs, versions = np.zeros(num_tokens, dtype=np.float32), np.zeros(num_tokens, dtype=np.int64)
+    rollout = Rollout(prompt, 0, (1,), tuple(range(num_tokens)), logprobs, "stop", versions, text)
     return GradedRollout(rollout, 1.0, "graded")
 
 

@@ -14,7 +14,8 @@ KINDS = ["policy_entropy", "divergence", "soft_or", "divergence_low_entropy"]
 def scored(policy_entropy: list[float], divergence: list[float]) -> ScoredTokens:
     """An item all of whose tokens are candidates; an empty list stands for an array that nothing reads."""
     length = max(len(policy_entropy), len(divergence))
-    rollout = Rollout(Prompt("a", "q", "a"), 0, (1,), tuple(range(length)), np.zeros(length), "stop", 0, "")
+    ids, versions = tuple(range(length)), np.zeros(length, dtype=np.int64)
+    rollout = Rollout(Prompt("a", "q", "a"), 0, (1,), ids, np.zeros(length), "stop", versions, "")
     own = AnnotatedRollout(GradedRollout(rollout, 0.0, "graded"), (), "not_requested")
     return ScoredTokens(
         member=GroupMember(own, (own,)),

@@ -21,7 +21,7 @@ def annotated(prompt_id: str, sample: int, logprobs: list[float], reward: float 
         token_ids=tuple(range(10, 10 + len(logprobs))),
         rollout_logprobs=np.array(logprobs, dtype=np.float32),
         finish_reason="stop",
-        policy_version=0,
+        token_versions=np.zeros(len(logprobs), dtype=np.int64),
         text="",
     )
     return AnnotatedRollout(GradedRollout(rollout, reward, "graded"), (), "not_requested")

@@ -10,10 +10,10 @@ import torch
 from logits_loss import logits_loss
 from rollouts import ALL, ERROR, HIDDEN, KEY, NO_POLICY_GRADIENT, annotated, configured, error, evidence_of, key
 
-from trace_rl.batch import AnnotatedRollout, TrainingBatch, TrainingSequence
+from trace_rl.batch import NOT_THE_POLICY, AnnotatedRollout, TrainingBatch, TrainingSequence
 from trace_rl.config.run import RunConfig
 from trace_rl.errors import WeightSyncError
-from trace_rl.objective import objective_of
+from trace_rl.objective import objective_of, policy_loss
 from trace_rl.packing import pack
 from trace_rl.routing import route_rollouts
 from trace_rl.states import states_array, states_tensor
@@ -43,7 +43,7 @@ def at_version(item: AnnotatedRollout, version: int) -> AnnotatedRollout:
         item.graded.reward,
         *item.spans,
         finish_reason=rollout.finish_reason,
-        version=version if rollout.policy_version >= 0 else -1,
+        version=version if rollout.newest_version >= 0 else -1,
     )
 
 
@@ -152,8 +152,53 @@ def test_an_all_correct_group_learns_on_its_spans_only() -> None:
 def test_rollouts_of_other_weights_are_refused() -> None:
     config = configured()
     routed = route_rollouts(MIXED, config, 0)
-    with pytest.raises(WeightSyncError, match=r"weights of version \[0\], expected 1 only"):
+    with pytest.raises(WeightSyncError, match=r"sample 0 of prompt p with .* version 0, expected 1 \(scheduling"):
         training_batch(routed, {}, Evidence([], {}), config, 1)
+
+
+def older(step: int, max_staleness: int, *versions: int) -> TrainingBatch:
+    """A completion whose tokens were written by these versions, beside a wrong one of the step's weights."""
+    config = configured()
+    scheduling = config.scheduling.model_copy(update={"max_staleness": max_staleness})
+    config = config.model_copy(update={"scheduling": scheduling})
+    rollouts = [annotated("p", 0, len(versions), 1.0, version=versions), annotated("p", 1, 3, 0.0, version=step)]
+    return training_batch(route_rollouts(rollouts, config, step), {}, Evidence([], {}), config, step)
+
+
+def test_staleness_is_counted_in_versions_for_each_token() -> None:
+    first, second = older(4, 2, 2, 3, 3, 4).sequences
+    assert first.staleness.tolist() == [2, 1, 1, 0]
+    assert second.staleness.tolist() == [0, 0, 0]
+
+
+def test_no_token_is_older_than_the_bound_or_newer_than_the_policy() -> None:
+    assert len(older(4, 1, 3, 3, 4).sequences) == 2
+    expected = r"sample 0 of prompt p with .* version 2, expected 3 to 4 \(scheduling\.max_staleness is 1\)"
+    with pytest.raises(WeightSyncError, match=expected):
+        older(4, 1, 2, 3, 4)
+    with pytest.raises(WeightSyncError, match=r"version 5, expected 3 to 4"):
+        older(4, 1, 4, 4, 5)
+    with pytest.raises(WeightSyncError, match=r"version 3, expected 4 \(scheduling\.max_staleness is 0\)"):
+        older(4, 0, 4, 4, 3)
+
+
+def test_versions_3_3_4_at_step_4_are_weighed_by_hand() -> None:
+    # The policy gives every token 1/2; the sampler gave them 1, 1/8 and 1/8. The ratios are 1/2, 4 (cut at 2) and 4,
+    # which is not looked at, because version 4 is the one that is trained. The tokens have 1/6 of the loss each.
+    batch = older(4, 1, 3, 3, 4)
+    first = replace(batch.sequences[0], rollout_logprobs=np.log([1, 1 / 8, 1 / 8]), advantages=np.full(3, -3.0))
+    policy = torch.full((3,), math.log(1 / 2), requires_grad=True)
+    loss, _ = policy_loss(policy, None, pack([first], Padded()).rows, objective_of(configured().algorithm, 1.0))
+    (slope,) = torch.autograd.grad(loss, policy)
+    assert slope.tolist() == pytest.approx([3 / 6 * weight for weight in (1 / 2, 2, 1)], abs=1e-6)
+
+
+def test_the_oldest_and_the_newest_version_are_those_of_any_token() -> None:
+    rollout = annotated("p", 0, 3, 1.0, version=[3, 4, 4]).graded.rollout
+    assert (rollout.oldest_version, rollout.newest_version) == (3, 4)
+    for length in (0, 2):
+        of_another = annotated("p", 0, length, 1.0, version=NOT_THE_POLICY).graded.rollout
+        assert (of_another.oldest_version, of_another.newest_version) == (NOT_THE_POLICY, NOT_THE_POLICY)
 
 
 def test_completions_that_are_not_the_policys_have_no_version() -> None:
@@ -162,6 +207,7 @@ def test_completions_that_are_not_the_policys_have_no_version() -> None:
     assert by_position(batch.sequences[0]) == {position: pytest.approx(1 / 3) for position in range(3)}
     assert batch.sequences[0].teacher_row.tolist() == [-1, -1, -1]
     assert batch.sequences[0].teacher_hidden.size == 0
+    assert batch.sequences[0].staleness.tolist() == [0, 0, 0]
 
 
 def test_each_row_finds_its_teacher_state() -> None:

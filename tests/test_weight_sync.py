@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,26 +13,24 @@ import ray
 import torch
 
 from trace_rl.batch import Prompt, Rollout, RolloutRequest
-from trace_rl.config.placement import Placement, Resources
 from trace_rl.config.roles import GeneratorSettings, Model, Sync
 from trace_rl.errors import WeightSyncError
 from trace_rl.protocols import Decoding
-from trace_rl.workers import weight_sender
 from trace_rl.workers.generator import VllmGenerator
 from trace_rl.workers.generator_engine import GeneratorEngine, WeightReceipt
-from trace_rl.workers.weight_sender import (
-    GlooGroup,
-    TransferGroup,
-    WeightDigest,
-    WeightManifest,
-    WeightSender,
-    checksum,
-    free_address,
-    plan_buckets,
-    transfer_backend,
-)
+from trace_rl.workers.weight_digest import WeightDigest
+from trace_rl.workers.weight_file import keep_only, write_version
+from trace_rl.workers.weight_sender import WeightSender
 from trace_rl.workers.weight_sync import ProvenWeightSync, canary_sequences
-from trace_rl.workers.weight_transport import Broadcast
+from trace_rl.workers.weight_transport import Broadcast, transport_of
+from trace_rl.workers.weight_wire import (
+    GlooGroup,
+    TransferBackend,
+    TransferGroup,
+    WeightManifest,
+    free_address,
+    plan_frames,
+)
 
 SETTINGS = Sync(bucket_mib=1, timeout_s=60)
 CANARY = canary_sequences(300)
@@ -39,65 +38,6 @@ CANARY = canary_sequences(300)
 
 def manifest_of(weights: dict[str, torch.Tensor]) -> WeightManifest:
     return WeightManifest.of((name, tuple(weight.shape), weight.dtype) for name, weight in weights.items())
-
-
-def test_buckets_are_aligned_bounded_and_in_order() -> None:
-    # float32: 3 -> 12 bytes at 0, 4 -> 16 bytes at 16 (aligned), which makes 32; 5 -> 20 bytes do not fit in 48 - 32
-    # and open a bucket; 100 -> 400 bytes are larger than a bucket and get one of their own.
-    manifest = WeightManifest(("a", "b", "c", "d", "e"), ((3,), (2, 2), (5,), (100,), ()), ("float32",) * 5)
-    buckets = plan_buckets(manifest, 48)
-    assert [[(slot.index, slot.start, slot.end) for slot in bucket.slots] for bucket in buckets] == [
-        [(0, 0, 12), (1, 16, 32)],
-        [(2, 0, 20)],
-        [(3, 0, 400)],
-        [(4, 0, 4)],
-    ]
-    assert [bucket.nbytes for bucket in buckets] == [32, 20, 400, 4]
-    assert manifest.nbytes == 4 * (3 + 4 + 5 + 100 + 1)
-    assert plan_buckets(WeightManifest((), (), ()), 48) == []
-
-
-def test_checksum_by_hand_and_across_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    # sum w[i] * (2 i + 1) = 5 * 1 + 7 * 3 + (-2) * 5 = 16
-    assert checksum(torch.tensor([5, 7, -2])).item() == 16
-    weights = torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    whole = checksum(weights)
-    monkeypatch.setattr(weight_sender, "_CHECKSUM_SLICE", 64)
-    assert checksum(weights) == whole
-    weights[999] = torch.nextafter(weights[999], torch.tensor(9.0))
-    assert checksum(weights) != whole
-
-
-def test_digest_sees_names_order_dtype_and_every_byte() -> None:
-    def digest(*weights: tuple[str, torch.Tensor]) -> str:
-        running = WeightDigest()
-        for name, weight in weights:
-            running.update(name, weight)
-        return running.hexdigest()
-
-    one, two = torch.arange(6.0).view(2, 3), torch.ones(2, dtype=torch.bfloat16)
-    reference = digest(("a", one), ("b", two))
-    assert reference == digest(("a", one.clone()), ("b", two.clone()))
-    assert reference == digest(("a", one.t().contiguous().t()), ("b", two))
-    nudged = one.clone()
-    nudged[1, 2] = torch.nextafter(nudged[1, 2], torch.tensor(9.0))
-    others = [
-        (("b", two), ("a", one)),
-        (("x", one), ("b", two)),
-        (("a", one.view(3, 2)), ("b", two)),
-        (("a", one), ("b", two.to(torch.float16))),
-        (("a", nudged), ("b", two)),
-        (("a", one),),
-    ]
-    assert len({digest(*other) for other in others} | {reference}) == len(others) + 1
-
-
-def test_backend_follows_the_gpus_unless_it_is_set() -> None:
-    gpu = Resources(num_gpus=1)
-    assert transfer_backend(Sync(), Placement()) == "gloo"
-    assert transfer_backend(Sync(), Placement(generator=gpu)) == "gloo"
-    assert transfer_backend(Sync(), Placement(generator=gpu, learner=gpu)) == "nccl"
-    assert transfer_backend(Sync(backend="gloo"), Placement(generator=gpu, learner=gpu)) == "gloo"
 
 
 def send_between_threads(
@@ -111,7 +51,7 @@ def send_between_threads(
     def receive(rank: int) -> None:
         link = GlooGroup(address, port, rank, group.world_size, timeout_s)
         digest = WeightDigest()
-        for bucket in plan_buckets(sender.manifest, group.bucket_mib * 2**20):
+        for bucket in plan_frames(sender.manifest, group.bucket_bytes):
             buffer = torch.empty(bucket.nbytes, dtype=torch.uint8)
             link.broadcast(buffer)
             for slot in bucket.slots:
@@ -165,11 +105,11 @@ def test_a_receiver_that_never_joins_is_a_bounded_error() -> None:
 class LearnerActor:
     """A Hugging Face model that draws new random weights and sends them, and can fail at that in several ways."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, backend: TransferBackend) -> None:
         from transformers import AutoModelForCausalLM
 
         self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        self._sender = WeightSender(self.describe(), "gloo")
+        self._sender = WeightSender(self.describe(), backend)
         self._failure = ""
 
     def describe(self) -> WeightManifest:
@@ -200,6 +140,13 @@ class LearnerActor:
             weight[5] += 0.5
         return digest
 
+    @ray.method(num_returns=2)
+    def write(self, version: int, folder: str) -> tuple[WeightManifest, str]:
+        return write_version(Path(folder), version, self.describe(), self._weights(), 1 << 20)
+
+    def keep_only(self, version: int, folder: str) -> None:
+        keep_only(Path(folder), version)
+
     def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         for number, (name, weight) in enumerate(self._model.named_parameters()):
             if number == 10 and self._failure == "dies":
@@ -221,8 +168,8 @@ class LearnerActor:
 class ActorSource:
     """`trace_rl.workers.weight_transport.WeightSource` over a `LearnerActor`."""
 
-    def __init__(self, folder: str) -> None:
-        self.actor = ray.remote(LearnerActor).options(num_cpus=0.5).remote(folder)
+    def __init__(self, folder: str, backend: TransferBackend = "gloo") -> None:
+        self.actor = ray.remote(LearnerActor).options(num_cpus=0.5).remote(folder, backend)
 
     def rendezvous(self) -> tuple[str, int]:
         return ray.get(self.actor.rendezvous.remote(), timeout=60)
@@ -230,11 +177,20 @@ class ActorSource:
     def describe_weights(self) -> WeightManifest:
         return ray.get(self.actor.describe.remote(), timeout=60)
 
-    def connect_sender(self, group: TransferGroup) -> Any:
-        return self.actor.connect.remote(group)
+    num_senders = 1
+
+    def connect_sender(self, group: TransferGroup) -> list[Any]:
+        return [self.actor.connect.remote(group)]
 
     def send_weights(self, version: int) -> list[Any]:
         return [self.actor.send.remote()]
+
+    def write_weights(self, version: int, folder: str) -> tuple[Any, list[Any]]:
+        manifest, digest = self.actor.write.remote(version, folder)
+        return manifest, [digest]
+
+    def keep_only(self, version: int, folder: str) -> Any:
+        return self.actor.keep_only.remote(version, folder)
 
     def canary_logprobs(self, sequences: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
         return self.logprobs(sequences, 1.0)
@@ -263,30 +219,31 @@ class BreakableEngine(GeneratorEngine):
         from trace_rl.workers import weight_receiver
 
         if not hasattr(self, "_whole"):
-            self._whole = (weight_receiver.repack_tied_heads, GlooGroup.broadcast, self._llm.reset_prefix_cache)
-        weight_receiver.repack_tied_heads, GlooGroup.broadcast, self._llm.reset_prefix_cache = self._whole
+            self._whole = (weight_receiver.repack_tied_heads, GlooGroup.finish, self._forget_prefixes)
+        weight_receiver.repack_tied_heads, GlooGroup.finish, self._forget_prefixes = self._whole
         self._fault = fault
         if fault == "head":
             weight_receiver.repack_tied_heads = lambda model, hf_config: None
         if fault == "cache":
-            self._llm.reset_prefix_cache = lambda: True
+            self._forget_prefixes = lambda version: None
         if fault == "byte":
             whole = self._whole[1]
 
-            def broadcast(group: GlooGroup, buffer: torch.Tensor) -> None:
-                whole(group, buffer)
+            def finish(group: GlooGroup, work: Any) -> None:
+                whole(group, work)
+                (buffer,) = work.result()
                 buffer[buffer.numel() // 2] ^= 1
 
-            GlooGroup.broadcast = broadcast  # type: ignore[method-assign]
+            GlooGroup.finish = finish  # type: ignore[method-assign]
 
     def receive_weights(self, manifest: WeightManifest, version: int) -> WeightReceipt:
         return super().receive_weights(manifest, version - 1 if self._fault == "version" else version)
 
 
-def start_engines(folder: str, count: int) -> list[Any]:
+def start_engines(folder: str, count: int, backend: TransferBackend = "gloo") -> list[Any]:
     actor = ray.remote(BreakableEngine).options(num_cpus=1)
     model = Model(path=folder, dtype="float32")
-    engines = [actor.remote(i, model, GeneratorSettings(), max_model_len=384, backend="gloo") for i in range(count)]
+    engines = [actor.remote(i, model, GeneratorSettings(), max_model_len=384, backend=backend) for i in range(count)]
     ray.get([engine.ready.remote() for engine in engines], timeout=180)
     return engines
 
@@ -358,7 +315,7 @@ def test_synced_engines_compute_with_the_new_weights_also_on_cached_prompts(
         metrics = sync.sync(version)
         assert metrics["sync/canary_gap_max_nats"] < 1e-4
         rollouts = list(generator.generate(long_requests(8), Decoding(0.7)))
-        assert {rollout.policy_version for rollout in rollouts} == {version}
+        assert {each for rollout in rollouts for each in rollout.token_versions} == {version}
         assert sampled_gap(source, rollouts, 0.7) < 1e-4
     assert metrics["sync/weight_bytes"] == source.describe_weights().nbytes
 
@@ -459,3 +416,19 @@ def test_an_untied_head_arrives_too(
     assert sampled_gap(untied, rollouts, 0.7) < 1e-4
     ray.kill(engine)
     ray.kill(untied.actor)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("backend", ["ipc", "file"])
+def test_shared_memory_and_files_bring_the_weights_too(
+    local_ray: None, tied_folder: str, tmp_path: Path, backend: TransferBackend
+) -> None:
+    source = ActorSource(tied_folder, backend)
+    (engine,) = start_engines(tied_folder, 1, backend)
+    settings = Sync(bucket_mib=1, timeout_s=60, folder=str(tmp_path))
+    sync = ProvenWeightSync(source, transport_of(source, settings, backend, 1), [engine], CANARY, settings)
+    for version in range(2):
+        source.randomize(version)
+        assert sync.sync(version)["sync/canary_gap_max_nats"] < 1e-4
+    ray.kill(engine)
+    ray.kill(source.actor)

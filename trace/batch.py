@@ -75,14 +75,24 @@ class Rollout:
     """Log-probs under the sampling distribution (after temperature), from the engine that sampled; NaN where the
     sampler was not the policy."""
     finish_reason: FinishReason
-    policy_version: int
-    """Version of the weights that wrote every token, or NOT_THE_POLICY."""
+    token_versions: Int[np.ndarray, " time"]
+    """Version of the weights that wrote each token; NOT_THE_POLICY at all of them where the sampler was not it."""
     text: str
     """Decoded response without special tokens: what the grader reads."""
 
     @property
     def key(self) -> RolloutKey:
         return RolloutKey(self.prompt.prompt_id, self.sample)
+
+    @property
+    def oldest_version(self) -> int:
+        """Lowest version of any token; NOT_THE_POLICY where there is no token of the policy."""
+        return int(self.token_versions.min()) if len(self.token_versions) else NOT_THE_POLICY
+
+    @property
+    def newest_version(self) -> int:
+        """Highest version of any token; NOT_THE_POLICY where there is no token of the policy."""
+        return int(self.token_versions.max(initial=NOT_THE_POLICY))
 
 
 @dataclass(frozen=True)
@@ -260,6 +270,9 @@ class TrainingSequence:
     prompt_token_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     rollout_logprobs: Float[np.ndarray, " time"]
+    staleness: Int[np.ndarray, " time"]
+    """Versions between the weights that wrote each token and those that are trained; 0 where the sampler was not the
+    policy."""
     advantages: Float[np.ndarray, " time"]
     pg_weight: Float[np.ndarray, " time"]
     route_positions: Int[np.ndarray, " row"]
@@ -279,6 +292,5 @@ class TrainingBatch:
     """One global batch: the loss is the plain sum of weighted token terms over all its sequences."""
 
     step: int
-    policy_version: int
-    """Version of the weights that wrote the rollouts."""
+    """And the version of the weights that are trained."""
     sequences: tuple[TrainingSequence, ...]

@@ -4,27 +4,31 @@ Each line of `_step` turns one typed value into the next; the streaming stages a
 graded and annotated while others are still being generated. The loop talks to the Protocols of `trace_rl.protocols`
 and knows no Ray, no engine, no clock and no method: what a step does follows from the configuration's routes.
 
-Invariants: rollouts of step k are written by weights of version k, which were proven to be the learner's before the
-first prompt of the step was sent; a checkpoint of step k is everything that step k depends on.
+Asynchronous training is the same loop: `trace_rl.rollout_supply` decides how far sampling is ahead of it.
+
+Invariants: no token that step k trains on was written by weights older than version k - scheduling.max_staleness, and
+every version was proven to be the learner's before a prompt was sent to it; a checkpoint of step k is everything that
+step k depends on.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from trace_rl.batch import AnnotatedRollout, GradedRollout, Prompt, RoutedRollout, TrainingBatch
+from trace_rl.batch import GradedRollout, RoutedRollout, TrainingBatch
 from trace_rl.collapse import CollapseDetector
 from trace_rl.config.run import RunConfig
 from trace_rl.diagnostics import Exposure, measured_step
-from trace_rl.errors import TrainingError
+from trace_rl.errors import TrainingError, WeightSyncError
 from trace_rl.flops import TransformerShape
 from trace_rl.prompts import PromptEncoder
 from trace_rl.protocols import (
     Annotator,
     Checkpoints,
     Decoding,
+    Drawn,
     Generator,
     Grader,
     Journal,
@@ -32,10 +36,12 @@ from trace_rl.protocols import (
     Metrics,
     PromptSource,
     Teacher,
+    Utilisation,
     WeightSync,
 )
-from trace_rl.routing import active_span_classes, keep_top_tokens, route_rollouts, teacher_views
-from trace_rl.step_metrics import rollout_metrics, route_metrics, teacher_metrics
+from trace_rl.rollout_supply import RolloutSupply
+from trace_rl.routing import keep_top_tokens, route_rollouts, teacher_views
+from trace_rl.step_metrics import rollout_metrics, route_metrics, staleness_metrics, teacher_metrics
 from trace_rl.text_metrics import text_metrics
 from trace_rl.training_batch import Evidence, scored_tokens, training_batch
 
@@ -59,15 +65,23 @@ class Roles:
     """Of the teacher's models, by which its work is counted; empty where the run has no teacher."""
     learner: Learner
     weight_sync: WeightSync
+    utilisation: Utilisation
     journal: Journal
     checkpoints: Checkpoints
 
 
-def train(config: RunConfig, roles: Roles, start_step: int = 0, history: Sequence[Mapping[str, float]] = ()) -> None:
+def train(
+    config: RunConfig,
+    roles: Roles,
+    start_step: int = 0,
+    history: Sequence[Mapping[str, float]] = (),
+    pending: Sequence[Drawn] = (),
+) -> None:
     """Run steps `start_step` to `config.run.steps`, with evaluations and checkpoints on their way.
 
     Args:
         history: recorded metrics of the steps before `start_step`.
+        pending: prompts that those steps had drawn and not trained on.
 
     Raises:
         TrainingError: the run collapsed under its teacher and watch.action is stop; a checkpoint was written.
@@ -75,98 +89,52 @@ def train(config: RunConfig, roles: Roles, start_step: int = 0, history: Sequenc
     detector = CollapseDetector(config.watch)
     detector.feed(history)
     exposure = Exposure(config.logging.diagnostics_every, history)
+    supply = RolloutSupply(config, roles, pending)
     roles.weight_sync.sync(start_step)
     if start_step == 0:
         _evaluate_if_due(config, roles, detector, step=0)
     for step in range(start_step, config.run.steps):
-        metrics = _step(config, roles, step)
+        metrics = _step(config, roles, supply, step)
         detector.observe_step(step, metrics)
         roles.journal.log_step(step, {**metrics, **exposure.add(metrics), **detector.metrics()})
         done = step + 1
         collapse = _evaluate_if_due(config, roles, detector, done)
         is_last = done == config.run.steps or bool(collapse)
         if is_last or (config.run.checkpoint_every and done % config.run.checkpoint_every == 0):
-            roles.checkpoints.save(done, roles.prompts.position())
+            roles.checkpoints.save(done, roles.prompts.position(), supply.pending())
+        if is_last:
+            supply.close()
         if collapse:
             raise TrainingError(f"{collapse} The run was stopped (watch.action) with a checkpoint")
 
 
-def _step(config: RunConfig, roles: Roles, step: int) -> dict[str, float]:
+def _step(config: RunConfig, roles: Roles, supply: RolloutSupply, step: int) -> dict[str, float]:
     """One training step: from prompts to proven new weights."""
     algorithm, journal = config.algorithm, roles.journal
-    sampled: list[GradedRollout] = []
     with journal.stage("rollout"):
-        candidates = route_rollouts(_annotated(config, roles, step, sampled), config, step)
+        taken = supply.take(step)
+        candidates = route_rollouts(taken.annotated, config, step)
     with journal.stage("teacher"):
         evidence, teacher_cost = _ask_teacher(config, roles, candidates, step)
     with journal.stage("learner"):
         routed, batch = _rank_and_weigh(config, roles, candidates, evidence, step)
         learner_metrics = _train_on(config, roles, batch)
     with journal.stage("sync"):
+        supply.settle()
         sync_metrics = roles.weight_sync.sync(step + 1)
     journal.log_rollouts(step, routed, batch)
     return {
-        **rollout_metrics(sampled, len(routed)),
+        **rollout_metrics(taken.sampled, len(routed)),
+        **staleness_metrics(batch, config.scheduling.max_staleness),
+        **supply.metrics(),
         **route_metrics(routed, algorithm, step),
-        **text_metrics(sampled, roles.encoder.types),
-        **roles.grader.metrics(),
+        **text_metrics(taken.sampled, roles.encoder.types),
         **roles.annotator.metrics(),
         **teacher_cost,
         **learner_metrics,
         **sync_metrics,
+        **roles.utilisation.metrics(),
     }
-
-
-def _annotated(config: RunConfig, roles: Roles, step: int, sampled: list[GradedRollout]) -> Iterator[AnnotatedRollout]:
-    """The step's rollouts as they are done, in as many rounds as algorithm.dynamic_sampling asks for.
-
-    Args:
-        sampled: receives everything that is sampled on the way, kept or not.
-    """
-    is_routed = any(route.is_active(step) for route in config.algorithm.routes.values())
-    rounds = 1 if is_routed else config.algorithm.dynamic_sampling.max_rounds
-    if rounds == 1:
-        graded: Iterator[GradedRollout] = _graded(config, roles, _next_prompts(config, roles), step, sampled)
-    else:
-        graded = iter(_with_mixed_rewards(config, roles, step, sampled, rounds))
-    return roles.annotator.annotate(graded, active_span_classes(config, step))
-
-
-def _next_prompts(config: RunConfig, roles: Roles) -> Sequence[Prompt]:
-    return roles.prompts.take(config.sampling.prompts_per_step)
-
-
-def _graded(
-    config: RunConfig, roles: Roles, prompts: Sequence[Prompt], step: int, sampled: list[GradedRollout]
-) -> Iterator[GradedRollout]:
-    sampling = config.sampling
-    requests = roles.encoder.requests(prompts, sampling.samples_per_prompt, config.run.seed, "train", step)
-    decoding = Decoding(sampling.temperature, sampling.top_p, sampling.top_k)
-    for item in roles.grader.grade(roles.sampler.generate(requests, decoding)):
-        sampled.append(item)
-        yield item
-
-
-def _with_mixed_rewards(
-    config: RunConfig, roles: Roles, step: int, sampled: list[GradedRollout], max_rounds: int
-) -> list[GradedRollout]:
-    """Rollouts of prompts whose completions earn different rewards, refilled from further prompts.
-
-    Of more than are wanted the first in the order of the source are kept. Where none at all was found those of the last
-    round are kept whatever they earn, so that a step is never empty.
-    """
-    wanted = config.sampling.prompts_per_step
-    kept: list[list[GradedRollout]] = []
-    for _ in range(max_rounds):
-        prompts = _next_prompts(config, roles)
-        # in the order of the source: that of arrival is the engine's, and the choice must not depend on it
-        groups: dict[str, list[GradedRollout]] = {prompt.prompt_id: [] for prompt in prompts}
-        for item in _graded(config, roles, prompts, step, sampled):
-            groups[item.rollout.prompt.prompt_id].append(item)
-        kept += [group for group in groups.values() if len({item.reward for item in group}) > 1]
-        if len(kept) >= wanted:
-            break
-    return [item for group in kept[:wanted] or groups.values() for item in group]
 
 
 def _ask_teacher(
@@ -233,8 +201,14 @@ def evaluate(config: RunConfig, roles: Roles) -> Metrics:
     prompts = roles.prompts.heldout(settings.num_prompts)
     encoder = roles.encoder.with_template_kwargs(settings.chat_template_kwargs)
     requests = encoder.requests(prompts, settings.samples_per_prompt, config.run.seed, "heldout")
-    graded = list(roles.grader.grade(roles.generator.generate(requests, Decoding(settings.temperature))))
-    roles.grader.metrics()  # the counters of the next step are its own
+    decoding = Decoding(settings.temperature, goes_first=True)
+    graded = list(roles.grader.grade(roles.generator.generate(requests, decoding)))
+    versions = sorted({v for item in graded for v in (item.rollout.oldest_version, item.rollout.newest_version)})
+    if len(versions) > 1:
+        raise WeightSyncError(
+            f"the completions of an evaluation were written by weights of versions {versions}, expected one; the "
+            "engines are not in step, stop the run and look at their logs"
+        )
     return evaluation_metrics(graded)
 
 

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from trace_rl.actions import RowAction
 from trace_rl.config.algorithm import Algorithm
-from trace_rl.policy_gradients import PolicyGradient, PolicyRows, RolloutCorrection, mismatch_statistics
+from trace_rl.policy_gradients import PolicyGradient, PolicyRows, RolloutCorrection, SamplerRows, mismatch_statistics
 
-_PER_TOKEN = ("targets", "sequence", "advantages", "rollout_logprobs", "pg_weight")
+_PER_TOKEN = ("targets", "sequence", "advantages", "rollout_logprobs", "is_stale", "pg_weight")
 _PER_ROUTED = ("route_index", "route_weight", "teacher_row")
 _ROUTE_MEANS = ("value", "clipped", "clipped_terms", "mass", "teacher_entropy", "teacher_advantage")
 """Sums of a route that `summarise` divides by its rows."""
@@ -65,6 +65,8 @@ class LossRows:
     advantages: Float[Tensor, " row"]
     rollout_logprobs: Float[Tensor, " row"]
     """NaN where the sampler was not the policy."""
+    is_stale: Bool[Tensor, " row"]
+    """Whether older weights than those of the step wrote the token."""
     pg_weight: Float[Tensor, " row"]
     route_row: Int[Tensor, " routed"]
     """Index into `row` of each routed token."""
@@ -135,14 +137,15 @@ def policy_loss(
     # Completions of another sampler have no log-probs to compare with: they count as matched.
     is_sampled = torch.isfinite(rows.rollout_logprobs)
     sampler = torch.where(is_sampled, rows.rollout_logprobs, old)
-    correction, is_capped = objective.correction.weights(old, sampler, rows.sequence, rows.num_sequences)
+    compared = SamplerRows(old, sampler, rows.is_stale, rows.sequence, rows.num_sequences)
+    correction, is_capped = objective.correction.weights(compared)
     loss = (terms.loss * correction * rows.pg_weight).sum()
     return loss, {
         "tokens": loss.new_tensor(float(len(rows.targets))),
         "sampled_tokens": is_sampled.sum().to(loss.dtype),
         "loss/policy_gradient": loss.detach(),
         "pg_clipped": terms.is_clipped.sum().to(loss.dtype),
-        **mismatch_statistics(old, sampler, correction, is_capped),
+        **mismatch_statistics(compared, correction, is_capped),
     }
 
 
@@ -185,7 +188,11 @@ def merge_sums(total: dict[str, Any], other: Mapping[str, Any]) -> None:
 
 
 def summarise(sums: Mapping[str, float], objective: Objective) -> dict[str, float]:
-    """Turn the sums of a global batch into metrics, each a mean over the tokens or routed rows that it speaks of."""
+    """Turn the sums of a global batch into metrics, each a mean over the tokens or routed rows that it speaks of.
+
+    Where a batch has tokens of older weights, mismatch and correction are also told of these and of the others apart
+    (`mismatch/stale_*`, `mismatch/fresh_*`): the former grows with what is learnt, the latter comes of kernels alone.
+    """
     tokens, sampled = max(sums["tokens"], 1.0), max(sums["sampled_tokens"], 1.0)
     loss_pg = sums["loss/policy_gradient"]
     metrics = {
@@ -193,12 +200,11 @@ def summarise(sums: Mapping[str, float], objective: Objective) -> dict[str, floa
         "loss/routed": sum(sums[f"{route.name}/loss"] for route in objective.routes),
         "policy/entropy_nats": sums["entropy"] / tokens,
         "policy/clip_frac": sums["pg_clipped"] / tokens,
-        "mismatch/logprob_gap_mean_nats": sums["mismatch"] / sampled,
-        "mismatch/logprob_gap_max_nats": sums["mismatch_max"],
-        "mismatch/kl_nats": sums["mismatch_k3"] / sampled,
-        "mismatch/correction_mean": sums["correction"] / tokens,
-        "mismatch/correction_capped_frac": sums["correction_capped"] / tokens,
+        **_mismatch(sums, "", sampled, tokens),
     }
+    if stale := sums["stale_tokens"]:
+        metrics |= _mismatch(sums, "fresh_", max(sampled - stale, 1.0), max(tokens - stale, 1.0))
+        metrics |= _mismatch(sums, "stale_", stale, stale)
     metrics["loss/total"] = loss_pg + metrics["loss/routed"]
     for route in objective.routes:
         rows = sums[f"{route.name}/rows"]
@@ -215,3 +221,14 @@ def summarise(sums: Mapping[str, float], objective: Objective) -> dict[str, floa
             f"route/{route.name}/teacher_advantage_nats": mean["teacher_advantage"],
         }
     return metrics
+
+
+def _mismatch(sums: Mapping[str, float], part: str, sampled: float, tokens: float) -> dict[str, float]:
+    """How far sampler and learner are apart at a part of the tokens, of which `sampled` are the policy's own."""
+    return {
+        f"mismatch/{part}logprob_gap_mean_nats": sums[f"{part}mismatch"] / sampled,
+        f"mismatch/{part}logprob_gap_max_nats": sums[f"{part}mismatch_max"],
+        f"mismatch/{part}kl_nats": sums[f"{part}mismatch_k3"] / sampled,
+        f"mismatch/{part}correction_mean": sums[f"{part}correction"] / tokens,
+        f"mismatch/{part}correction_capped_frac": sums[f"{part}correction_capped"] / tokens,
+    }

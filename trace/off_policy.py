@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from trace_rl.batch import NOT_THE_POLICY, Rollout, RolloutRequest
+from trace_rl.batch import NOT_THE_POLICY, Rollout, RolloutKey, RolloutRequest
 from trace_rl.errors import DataError
 from trace_rl.prompts import derive_seed
 from trace_rl.protocols import Decoding, Generator
@@ -61,9 +61,12 @@ class SolutionGenerator:
                 token_ids=tuple(map(int, ids[: self.max_tokens])),
                 rollout_logprobs=np.full(min(len(ids), self.max_tokens), np.nan, dtype=np.float32),
                 finish_reason="length" if is_cut else "stop",
-                policy_version=NOT_THE_POLICY,
+                token_versions=np.full(min(len(ids), self.max_tokens), NOT_THE_POLICY),
                 text=text,
             )
+
+    def cancel(self, keys: Sequence[RolloutKey]) -> None:
+        """Nothing is left to give up: all were there at once."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,10 @@ class TeacherGenerator:
     def generate(self, requests: Sequence[RolloutRequest], decoding: Decoding) -> Iterator[Rollout]:
         """Submit everything now; iterate to receive."""
         return map(_as_off_policy, self.generator.generate(requests, decoding))
+
+    def cancel(self, keys: Sequence[RolloutKey]) -> None:
+        """Give up completions of open calls."""
+        self.generator.cancel(keys)
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,11 @@ class MixedGenerator:
         parts = [part for part in ((self.source, of_source), (self.policy, of_policy)) if part[1]]
         return chain.from_iterable([generator.generate(mine, decoding) for generator, mine in parts])
 
+    def cancel(self, keys: Sequence[RolloutKey]) -> None:
+        """Give up completions of open calls, on whichever side they are."""
+        self.policy.cancel(keys)
+        self.source.cancel(keys)
+
     def _chosen(self, requests: Sequence[RolloutRequest]) -> set[str]:
         """Prompts of the source: decided by the seed of their first sample, which holds the run's seed and the step."""
         first: dict[str, RolloutRequest] = {}
@@ -115,5 +127,6 @@ class MixedGenerator:
 
 
 def _as_off_policy(rollout: Rollout) -> Rollout:
-    unknown = np.full(len(rollout.token_ids), np.nan, dtype=np.float32)
-    return replace(rollout, rollout_logprobs=unknown, policy_version=NOT_THE_POLICY)
+    time = len(rollout.token_ids)
+    unknown = np.full(time, np.nan, dtype=np.float32)
+    return replace(rollout, rollout_logprobs=unknown, token_versions=np.full(time, NOT_THE_POLICY))

@@ -46,6 +46,26 @@ class PolicyTerms:
     is_clipped: Bool[Tensor, " row"]
 
 
+@dataclass(frozen=True)
+class SamplerRows:
+    """What the sampler and the learner say of the response tokens of whole completions."""
+
+    old_logprobs: Float[Tensor, " row"]
+    """Under the policy before the first optimizer step on the batch."""
+    rollout_logprobs: Float[Tensor, " row"]
+    """Under the weights that wrote the token, from the engine that sampled it."""
+    is_stale: Bool[Tensor, " row"]
+    """Whether these are older than those of the step."""
+    sequence: Int[Tensor, " row"]
+    """Which completion the token belongs to."""
+    num_sequences: int
+
+    @property
+    def gap(self) -> Float[Tensor, " row"]:
+        """log pi_old - log pi_sampler, in nats; detached."""
+        return (self.old_logprobs - self.rollout_logprobs).detach()
+
+
 class PolicyGradient(Kind):
     """A term of the loss at every response token."""
 
@@ -180,54 +200,62 @@ class NoPolicyGradient(PolicyGradient):
 class RolloutCorrection(Section):
     """Truncated importance weights from the sampler's distribution to the learner's, w = min(pi_old / pi_sampler, cap).
 
-    Engines and learners compute the same weights with other kernels and precisions, so samples are slightly off-policy
-    even in the first optimizer step. Weights multiply the policy-gradient term and carry no gradient. The truncation is
-    that of truncated importance sampling (Ionides 2008); verl's rollout correction and the public SDPO code apply it to
-    this mismatch with cap 2.
+    Weights multiply the policy-gradient term and carry no gradient, so that a clipped term becomes
+
+        w_t min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A),  r_t = pi / pi_old
+
+    with pi_sampler at token t that of the weights which wrote it. This is the decoupled objective: clips hold the
+    policy near pi_old, the proximal policy, and weights account for what has sampled (arXiv:2110.00641; with
+    asynchronous rollouts: AReaL, arXiv:2505.24298). pi_old is the policy before the first
+    optimizer step on the batch, so with one step r_t = 1 and the gradient is that of w_t A log pi.
+
+    Tokens of older weights are off-policy by what was learnt since. All others are so by kernels and precisions alone,
+    in which engines and learners differ. The truncation is that of truncated importance sampling (Ionides 2008); verl's
+    rollout correction and the public SDPO code apply it to that mismatch with cap 2.
     """
 
-    level: Literal["none", "token", "sequence"] = "none"
-    """`token`: the ratio of the token; `sequence`: the product over all tokens of the completion."""
+    level: Literal["none", "stale", "token", "sequence"] = "stale"
+    """`stale`: the ratio of the token where older weights wrote it, and exactly 1 elsewhere, so that synchronous runs
+    are not corrected; `token`: the ratio of every token; `sequence`: the product over all tokens of the completion."""
     cap: float = Field(2.0, ge=1)
     """Largest weight."""
 
-    def weights(
-        self,
-        old_logprobs: Float[Tensor, " row"],
-        rollout_logprobs: Float[Tensor, " row"],
-        sequence: Int[Tensor, " row"],
-        num_sequences: int,
-    ) -> tuple[Float[Tensor, " row"], Bool[Tensor, " row"]]:
+    def weights(self, rows: SamplerRows) -> tuple[Float[Tensor, " row"], Bool[Tensor, " row"]]:
         """The weight of every token, and which weights the cap has lowered; ones and none at level `none`."""
-        gap = (old_logprobs - rollout_logprobs).detach()
+        gap = rows.gap
         if self.level == "none":
             return torch.ones_like(gap), torch.zeros_like(gap, dtype=torch.bool)
+        if self.level == "stale":
+            gap = gap.where(rows.is_stale, 0)
         if self.level == "sequence":
-            gap = _sum_by_sequence(gap, sequence, num_sequences)[sequence]
+            gap = _sum_by_sequence(gap, rows.sequence, rows.num_sequences)[rows.sequence]
         ratio = torch.exp(gap)
         return ratio.clamp(max=self.cap), ratio > self.cap
 
 
 def mismatch_statistics(
-    old_logprobs: Float[Tensor, " row"],
-    rollout_logprobs: Float[Tensor, " row"],
-    weights: Float[Tensor, " row"],
-    is_capped: Bool[Tensor, " row"],
+    rows: SamplerRows, weights: Float[Tensor, " row"], is_capped: Bool[Tensor, " row"]
 ) -> dict[str, Tensor]:
     """Sums over tokens (and maxima, names ending in `_max`) that tell how far sampler and learner are apart.
 
     `mismatch`: |log pi_old - log pi_sampler|; `mismatch_k3`: r - 1 - log r with r = pi_old / pi_sampler, whose mean
     estimates KL(sampler || learner) in nats without bias (the k3 estimator); `correction`: the weights;
-    `correction_capped`: number of tokens whose weight the cap has lowered.
+    `correction_capped`: number of tokens whose weight the cap has lowered. Each is told of all tokens, of those of
+    older weights (`stale_...`, `stale_tokens` in number) and of the others (`fresh_...`).
     """
-    gap = (old_logprobs - rollout_logprobs).detach()
-    return {
-        "mismatch": gap.abs().sum(),
-        "mismatch_max": gap.abs().max() if gap.numel() else gap.sum(),
-        "mismatch_k3": (torch.expm1(gap) - gap).sum(),
-        "correction": weights.sum(),
-        "correction_capped": is_capped.sum().to(gap.dtype),
+    gap = rows.gap
+    values = {
+        "mismatch": gap.abs(),
+        "mismatch_k3": torch.expm1(gap) - gap,
+        "correction": weights,
+        "correction_capped": is_capped.to(gap.dtype),
     }
+    found = {"stale_tokens": rows.is_stale.sum().to(gap.dtype)}
+    for part, is_meant in (("", None), ("fresh_", ~rows.is_stale), ("stale_", rows.is_stale)):
+        chosen = {name: value if is_meant is None else value.where(is_meant, 0) for name, value in values.items()}
+        found |= {f"{part}{name}": value.sum() for name, value in chosen.items()}
+        found[f"{part}mismatch_max"] = chosen["mismatch"].max() if gap.numel() else gap.sum()
+    return found
 
 
 def _ratio(log_ratio: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ This module must not know what the privileged text says, how spans were found or
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any, Protocol
@@ -86,8 +86,19 @@ class PromptEncoder:
     def student_ids(self, prompt: Prompt) -> TokenIds:
         return self.render_turn(prompt.question, self.chat_template_kwargs)
 
-    def teacher_ids(self, member: GroupMember, context: Context) -> TokenIds:
-        return self.render_turn(privileged_question(context, member, self.types), self.all_teacher_kwargs)
+    def teacher_ids(
+        self, member: GroupMember, context: Context, known: MutableMapping[str, TokenIds] | None = None
+    ) -> TokenIds:
+        """The teacher's prompt for a rollout.
+
+        Args:
+            known: token ids of turns that were rendered before, by their text; this one's are added.
+        """
+        text = privileged_question(context, member, self.types)
+        known = {} if known is None else known
+        if text not in known:
+            known[text] = self.render_turn(text, self.all_teacher_kwargs)
+        return known[text]
 
     def teacher_length(self, prompt: Prompt, context: Context) -> int:
         """Length in tokens of the prompt's longest teacher prompt, as far as it is known before there are rollouts.
@@ -108,20 +119,26 @@ class PromptEncoder:
 
     def teacher_requests(self, routed: Sequence[RoutedRollout], views: Sequence[TeacherView]) -> list[TeacherRequest]:
         """By view and rollout: one request where the rollout has tokens in a route of the view, for those tokens."""
+        known: dict[str, TokenIds] = {}  # completions of one prompt mostly share a text
         return [
-            self._teacher_request(item, index, view, positions)
+            self._teacher_request(item, index, view, positions, known)
             for index, view in enumerate(views)
             for item in routed
             if len(positions := _positions(item, view.routes))
         ]
 
     def _teacher_request(
-        self, routed: RoutedRollout, index: int, view: TeacherView, positions: Int[np.ndarray, " row"]
+        self,
+        routed: RoutedRollout,
+        index: int,
+        view: TeacherView,
+        positions: Int[np.ndarray, " row"],
+        known: MutableMapping[str, TokenIds],
     ) -> TeacherRequest:
         return TeacherRequest(
             key=routed.key,
             view=index,
-            teacher_prompt_token_ids=self.teacher_ids(routed.member, view.context),
+            teacher_prompt_token_ids=self.teacher_ids(routed.member, view.context, known),
             token_ids=routed.member.rollout.token_ids[: int(positions[-1]) + 1],
             positions=positions,
             outputs=view.outputs,

@@ -18,6 +18,7 @@ from trace_rl.batch import (
     GradedRollout,
     Prompt,
     Rollout,
+    RolloutKey,
     RolloutRequest,
     RoutedRollout,
     SpanClass,
@@ -43,6 +44,15 @@ class PromptSource(Protocol):
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """How to get a prompt from its source again: seek the position, take so many, and it is this one of them."""
+
+    position: Mapping[str, int]
+    count: int
+    index: int
+
+
+@dataclass(frozen=True)
 class Decoding:
     """How completions are sampled; log-probs are those of the distribution that results."""
 
@@ -50,18 +60,22 @@ class Decoding:
     top_p: float = 1.0
     top_k: int = 0
     """0: all tokens."""
+    goes_first: bool = False
+    """Whether these completions are begun before others that wait for a place on an engine."""
 
 
 class Generator(Protocol):
-    def generate(self, requests: Sequence[RolloutRequest], decoding: Decoding) -> Iterator[Rollout]: ...
+    def generate(self, requests: Sequence[RolloutRequest], decoding: Decoding) -> Iterator[Rollout]:
+        """Submit everything now; iterate to receive. Several calls may be open at a time."""
+        ...
+
+    def cancel(self, keys: Sequence[RolloutKey]) -> None:
+        """Give up completions of open calls, which end without them; what is not open is left alone."""
+        ...
 
 
 class Grader(Protocol):
     def grade(self, rollouts: Iterable[Rollout]) -> Iterator[GradedRollout]: ...
-
-    def metrics(self) -> Metrics:
-        """Counters since the last call: timeouts, errors and zeros apart."""
-        ...
 
 
 class Annotator(Protocol):
@@ -129,6 +143,14 @@ class WeightSync(Protocol):
     def sync(self, version: int) -> Metrics: ...
 
 
+class Utilisation(Protocol):
+    """How much the roles had to do."""
+
+    def metrics(self) -> Metrics:
+        """Shares of the time since the last call, by role."""
+        ...
+
+
 class Journal(Protocol):
     """Where a run leaves its trace; also the only clock."""
 
@@ -148,4 +170,8 @@ class Journal(Protocol):
 class Checkpoints(Protocol):
     """Complete or absent, never half: a checkpoint is everything that the next step depends on."""
 
-    def save(self, step: int, position: Mapping[str, int]) -> None: ...
+    def save(self, step: int, position: Mapping[str, int], pending: Sequence[Drawn]) -> None:
+        """Args:
+        pending: prompts before the position that are not trained on yet.
+        """
+        ...

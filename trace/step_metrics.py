@@ -5,17 +5,18 @@ Names are `area/quantity_unit`; shares end in `_frac`. Must not know what roles 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
-from trace_rl.batch import GradedRollout, RoutedRollout, TeacherRequest, TeacherRows
+from trace_rl.batch import GradedRollout, RoutedRollout, TeacherRequest, TeacherRows, TrainingBatch
 from trace_rl.config.algorithm import Algorithm
 from trace_rl.flops import TransformerShape
 
 
 def rollout_metrics(sampled: Sequence[GradedRollout], num_trained: int) -> dict[str, float]:
-    """Rewards, groups and lengths of all completions of a step; nothing without any.
+    """Rewards and how they came about, groups and lengths of all completions of a step; nothing without any.
 
     Masked completions and prompts that dynamic sampling has replaced are counted too: without them the reward would be
     that of a selection, and truncation would vanish where truncated completions are masked.
@@ -29,13 +30,36 @@ def rollout_metrics(sampled: Sequence[GradedRollout], num_trained: int) -> dict[
     groups: dict[str, list[float]] = {}
     for item in ordered:
         groups.setdefault(item.rollout.prompt.prompt_id, []).append(item.reward)
+    causes = Counter(item.cause for item in ordered)
+    num_zero = sum(item.cause == "graded" and item.reward == 0 for item in ordered)
     return {
+        "reward/graded": float(causes["graded"]),
+        "reward/truncated": float(causes["truncated"]),
+        "reward/timeouts": float(causes["timeout"]),
+        "reward/errors": float(causes["error"]),
+        **({"reward/zeros_frac": num_zero / causes["graded"]} if causes["graded"] else {}),
         "reward/mean": float(np.mean([item.reward for item in ordered])),
         "reward/zero_variance_groups_frac": float(np.mean([len(set(rewards)) == 1 for rewards in groups.values()])),
         "response/length_mean_tokens": float(np.mean([len(item.rollout.token_ids) for item in ordered])),
         "response/truncated_frac": float(np.mean([item.rollout.finish_reason == "length" for item in ordered])),
         "sampling/completions": float(len(ordered)),
         "sampling/trained_frac": num_trained / len(ordered),
+    }
+
+
+def staleness_metrics(batch: TrainingBatch, max_staleness: int) -> dict[str, float]:
+    """How many versions older than the trained weights those are that wrote the tokens; nothing without any token.
+
+    `staleness/{n}_frac`: share of the tokens that are n versions old, for n from 0 to `max_staleness`; mean and maximum
+    in versions. Tokens that the policy has not sampled count as fresh.
+    """
+    staleness = np.concatenate([np.zeros(0, dtype=np.int64), *(sequence.staleness for sequence in batch.sequences)])
+    if not len(staleness):
+        return {}
+    return {
+        **{f"staleness/{age}_frac": float((staleness == age).mean()) for age in range(max_staleness + 1)},
+        "staleness/mean": float(staleness.mean()),
+        "staleness/max": float(staleness.max()),
     }
 
 

@@ -79,9 +79,10 @@ def training_batch(
         scored: the tokens of each route, as `scored_tokens` gives them for `routed`.
 
     Raises:
-        WeightSyncError: a rollout was written by weights of another version than that of the step.
+        WeightSyncError: a token was written by weights that are older than scheduling.max_staleness allows, or newer
+            than those that are trained.
     """
-    _refuse_stale({item.member.rollout.policy_version for item in routed}, step)
+    _refuse_stale(routed, step, config.scheduling.max_staleness)
     denominators = _policy_denominators(routed, config)
     weights = _row_weights(routed, scored, denominators, config)
     advantages = _advantages(routed, scored, config, step)
@@ -89,7 +90,7 @@ def training_batch(
         _training_sequence(item, advantages[item.key], denominator, weights, evidence, config, step)
         for item, denominator in zip(routed, denominators, strict=True)
     )
-    return TrainingBatch(step, step, sequences)
+    return TrainingBatch(step, sequences)
 
 
 def token_denominators(lengths: Sequence[int], aggregation: Aggregation, max_tokens: int) -> list[float]:
@@ -105,13 +106,18 @@ def token_denominators(lengths: Sequence[int], aggregation: Aggregation, max_tok
     return [float(length * len(lengths)) for length in lengths]
 
 
-def _refuse_stale(versions: set[int], step: int) -> None:
-    stale = sorted(versions - {step, NOT_THE_POLICY})
-    if stale:
-        raise WeightSyncError(
-            f"step {step} got rollouts written by weights of version {stale}, expected {step} only; the "
-            "generator was not synced before it sampled, report this as a bug"
-        )
+def _refuse_stale(routed: Sequence[RoutedRollout], step: int, max_staleness: int) -> None:
+    oldest = step - max_staleness
+    for item in routed:
+        versions = item.member.rollout.token_versions
+        is_allowed = ((versions >= oldest) & (versions <= step)) | (versions == NOT_THE_POLICY)
+        if not is_allowed.all():
+            bound = f"{oldest} to {step}" if max_staleness else str(step)
+            raise WeightSyncError(
+                f"step {step} got sample {item.key.sample} of prompt {item.key.prompt_id} with tokens written by "
+                f"weights of version {versions[~is_allowed][0]}, expected {bound} (scheduling.max_staleness is "
+                f"{max_staleness}); the scheduler let it through, report this as a bug"
+            )
 
 
 def _policy_denominators(routed: Sequence[RoutedRollout], config: RunConfig) -> list[float]:
@@ -209,6 +215,7 @@ def _training_sequence(
         prompt_token_ids=rollout.prompt_token_ids,
         token_ids=rollout.token_ids,
         rollout_logprobs=rollout.rollout_logprobs,
+        staleness=np.where(rollout.token_versions == NOT_THE_POLICY, 0, step - rollout.token_versions),
         advantages=advantages.astype(np.float32),
         pg_weight=(policy_weights(routed, config.algorithm, step) / denominator).astype(np.float32),
         route_positions=_joined([tokens.positions for tokens in added]).astype(np.int64),

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from trace_rl.config.learner import Lora
 from trace_rl.config.roles import Model
 from trace_rl.errors import ConfigError
-from trace_rl.workers.weight_sender import WeightDigest
+from trace_rl.workers.weight_digest import WeightDigest
 
 _PREFIX = "base_model.model."
 """What peft puts before the names of modules in its files."""

@@ -3,28 +3,32 @@
 Decides which rollouts are annotated (those whose span class is wanted and whose verdict is known) and how long a step
 waits. It must not know who annotates, how replies become spans (`trace_rl.annotation`) or what spans are used for.
 
-Invariants: no rollout is lost and none stops the run, nor does an actor that dies; a step waits at most
-`annotator.step_wait_s` once its last rollout is graded.
+Invariants: no rollout is lost and none stops the run, nor does an actor that dies; an annotation is waited for no longer
+than `annotator.timeout_s`, and `annotator.step_wait_s` once the last of the rollouts that were begun together is graded.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
-from ray.exceptions import RayActorError
+import ray
+from ray import ObjectRef
 
 from trace_rl.annotation import span_class_of
 from trace_rl.annotation_audit import AnnotationAudit, AuditWatch
 from trace_rl.batch import AnnotatedRollout, GradedRollout, SpanClass
 from trace_rl.config.annotator import Annotator
 from trace_rl.errors import WorkerError
+from trace_rl.workers.idle import IdleMeter
 from trace_rl.workers.span_annotator import Annotation, AnnotationTask, Usage
-from trace_rl.workers.streaming import Call, Unserved, stream
-from trace_rl.workers.waiting import wait_for, worker_error
+from trace_rl.workers.streaming import Call, Gate, Unserved, stream
+from trace_rl.workers.waiting import DEATHS, wait_for, worker_error
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +48,10 @@ class RayAnnotator:
         self._watch = AuditWatch(settings.audit)
         self._waited_s = 0.0
         self._told: set[str] = set()
+        self._lock = threading.Lock()
+        model = settings.backend.model
+        self._gate = Gate(model.limits.concurrency if model else 2)
+        self.idle = IdleMeter()
 
     def annotate(
         self, graded: Iterable[GradedRollout], span_classes: frozenset[SpanClass]
@@ -54,28 +62,29 @@ class RayAnnotator:
             WorkerError: the actor failed in a way of its own, which is a defect.
         """
         model = self._settings.backend.model
+        open_calls: set[ObjectRef[list[Annotation]]] = set()
         call: Call[GradedRollout, Annotation] = Call(
-            submit=self._submit,
+            submit=partial(self._submit, open_calls),
             is_wanted=lambda item: is_wanted(item, span_classes),
             deadline_s=lambda num_served: self._settings.timeout_s + _GRACE_S,
             suspect="the annotator",
             doing="annotating",
             # rules are quick: what comes meanwhile travels together; models are slow: each rollout has its own call
             max_batch=1 if model else 32,
-            max_in_flight=model.limits.concurrency if model else 2,
+            gate=self._gate,
             drain_s=self._settings.step_wait_s,
         )
         graded_at: list[float] = []
-        is_late = False
         for item, answer in stream(_noting_the_end(graded, graded_at), call):
-            is_late |= answer is Unserved.LATE
             annotated = _annotated(item, answer)
             self._audit.count(annotated)
             self._tell(item, answer)
             yield annotated
-        if is_late and model:
-            self._actor.give_up.remote()  # or the next step's rollouts would queue behind those of this one
-        self._waited_s += time.monotonic() - graded_at[0] if graded_at else 0.0
+        if model:  # or later rollouts would queue behind those that nobody waits for
+            for late in tuple(open_calls):
+                ray.cancel(late)
+        with self._lock:
+            self._waited_s += time.monotonic() - graded_at[0] if graded_at else 0.0
 
     def _tell(self, item: GradedRollout, answer: Annotation | Unserved) -> None:
         """Say of each cause of failure once a run what was wrong; how often it is, metrics tell."""
@@ -86,7 +95,8 @@ class RayAnnotator:
 
     def metrics(self) -> dict[str, float]:
         """What the annotations since the last call were worth (`trace_rl.annotation_audit`) and what they took."""
-        waited_s, self._waited_s = self._waited_s, 0.0
+        with self._lock:
+            waited_s, self._waited_s = self._waited_s, 0.0
         metrics = {**self._audit.read(), "annotation/wait_s": waited_s}
         for warning in self._watch.observe(metrics):
             logger.warning(warning)
@@ -104,9 +114,15 @@ class RayAnnotator:
             logger.warning(notice)
         return dict(usage.metrics)
 
-    def _submit(self, items: Sequence[GradedRollout]) -> Future[Sequence[Annotation]]:
+    def _submit(
+        self, open_calls: set[ObjectRef[list[Annotation]]], items: Sequence[GradedRollout]
+    ) -> Future[Sequence[Annotation]]:
         tasks = [AnnotationTask.of(item) for item in items]
-        called: Future[Sequence[Annotation]] = self._actor.annotate.remote(tasks).future()
+        reference = self._actor.annotate.remote(tasks)
+        called: Future[Sequence[Annotation]] = reference.future()
+        open_calls.add(reference)
+        called.add_done_callback(lambda _: open_calls.discard(reference))
+        self.idle.until(called)
         outcome: Future[Sequence[Annotation]] = Future()
         called.add_done_callback(lambda done: _settle(outcome, done, len(items)))
         return outcome
@@ -117,7 +133,7 @@ def _settle(outcome: Future[Sequence[Annotation]], done: Future[Sequence[Annotat
     error = done.exception()
     if error is None:
         outcome.set_result(done.result())
-    elif isinstance(error, RayActorError):
+    elif isinstance(error, DEATHS):
         detail = f"the annotator's actor has died ({worker_error(error, 'the annotator', 'annotating')})"
         outcome.set_result([Annotation((), "unreachable", detail=detail)] * num_items)
     else:

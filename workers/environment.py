@@ -1,7 +1,8 @@
 """The process environment of every role, decided in one place.
 
-Several libraries read their environment once, at import: call `apply` before torch, vLLM, DeepSpeed or Ray is
-imported. Ray workers get the same variables through the runtime environment. What the user has set already wins.
+Several libraries read their environment once, at import: call `apply` before torch, vLLM, DeepSpeed or Ray is imported
+in a process that starts Ray. Actors get theirs through Ray's runtime environment (`of_role`), by what they take of the
+cluster and not by the machine that the driver runs on. What the user has set in the driver's environment wins.
 """
 
 import os
@@ -11,7 +12,8 @@ from pathlib import Path
 _ALWAYS = {
     "TOKENIZERS_PARALLELISM": "false",  # forked tokenizer threads deadlock
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that outlives the run must not start another Ray
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a guest is shown the GPUs of its hosts although it asks for none
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives inside its actor: one process to watch, one order
     "PYTHONHASHSEED": "0",
@@ -20,26 +22,42 @@ _CPU = {
     "DS_ACCELERATOR": "cpu",
     "OMP_NUM_THREADS": "1",  # results do not depend on the number of cores
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+_ONE_MACHINE = {
     "VLLM_HOST_IP": "127.0.0.1",
     "GLOO_SOCKET_IFNAME": "lo",
 }
+_SET_BY_USER = {name: os.environ[name] for name in (*_ALWAYS, *_CPU, *_ONE_MACHINE) if name in os.environ}
+"""Read before `apply` adds anything: that belongs to this machine, and roles may run on others."""
 
 
 def has_gpu() -> bool:
-    """Whether an NVIDIA driver is loaded; does not import torch."""
-    return Path("/proc/driver/nvidia/version").exists()
+    """Whether an NVIDIA driver is loaded and its GPUs are not hidden from this process; does not import torch."""
+    return Path("/proc/driver/nvidia/version").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
 
 
 def variables(kv_cache_gib: int = 0) -> dict[str, str]:
-    """Environment of a role on this machine.
+    """Environment of a process of this machine that works alone.
 
     Args:
         kv_cache_gib: of an engine on CPUs; 0 leaves it open.
     """
     chosen = dict(_ALWAYS)
     if not has_gpu():
-        chosen |= _CPU | ({"VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib)} if kv_cache_gib else {})
+        chosen |= _CPU | _ONE_MACHINE | ({"VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib)} if kv_cache_gib else {})
     return {name: os.environ.get(name, value) for name, value in chosen.items()}
+
+
+def of_role(gpus: str | None, is_one_machine: bool) -> dict[str, str]:
+    """Environment of an actor.
+
+    Args:
+        gpus: ids that a guest is shown, joined by commas; '' for a role on CPUs; None where Ray assigns some.
+        is_one_machine: whether all actors of the run are on one machine, and may talk over its loopback interface.
+    """
+    chosen = _ALWAYS | (_CPU if gpus == "" else {}) | (_ONE_MACHINE if is_one_machine else {})
+    chosen |= {name: value for name, value in _SET_BY_USER.items() if name in chosen or name in _ONE_MACHINE}
+    return chosen if gpus is None else chosen | {"CUDA_VISIBLE_DEVICES": gpus}
 
 
 def apply(kv_cache_gib: int = 0) -> None:

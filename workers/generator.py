@@ -13,12 +13,16 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from trace_rl.batch import Rollout, RolloutRequest
-from trace_rl.errors import WeightSyncError, WorkerError
+from trace_rl.batch import Rollout, RolloutKey, RolloutRequest
+from trace_rl.errors import WorkerError
 from trace_rl.protocols import Decoding
+from trace_rl.workers.generator_engine import Cancelled
+from trace_rl.workers.idle import IdleMeter
 from trace_rl.workers.waiting import first_cause, wait_for, worker_error
+from trace_rl.workers.worker_logs import whereabouts_of_actor
 
 _ARRIVAL_S = 60.0  # for rollouts that are finished and only have to be copied
+_GATHER_S = 0.05  # for rollouts of other engines to come, once the first has: a look costs the driver as much as four
 
 
 class VllmGenerator:
@@ -27,78 +31,113 @@ class VllmGenerator:
     Args:
         engines: actor handles of `GeneratorEngine`, in the order of their index.
         max_tokens: response budget of a completion.
-        timeout_s: deadline of one call.
+        timeout_s: deadline of one call, that is of all completions that were asked for together.
     """
 
     def __init__(self, engines: Sequence[Any], max_tokens: int, timeout_s: float) -> None:
         self._engines = list(engines)
         self._max_tokens = max_tokens
         self._timeout_s = timeout_s
+        self.idle = [IdleMeter() for _ in engines]
+        """Of each engine."""
 
     def generate(self, requests: Sequence[RolloutRequest], decoding: Decoding) -> Iterator[Rollout]:
         """Submit everything now; iterate to receive.
 
         Raises:
             WorkerError: an engine died, failed or missed the deadline.
-            WeightSyncError: an engine's weights are unproven, or two engines sampled with different versions.
+            WeightSyncError: an engine's weights are unproven.
         """
         deadline = time.monotonic() + self._timeout_s
-        shares = split_by_prompt(requests, len(self._engines))
+        shares = split_by_prompt(requests, [meter.num_open for meter in self.idle])
         streams = {
             engine.generate.options(num_returns="streaming").remote(share, decoding, self._max_tokens): index
             for index, (engine, share) in enumerate(zip(self._engines, shares, strict=True))
             if share
         }
+        for index, share in enumerate(shares):
+            self.idle[index].begin(len(share))
         return self._collect(streams, [len(share) for share in shares], deadline)
 
+    def cancel(self, keys: Sequence[RolloutKey]) -> None:
+        """Give up completions of open calls, on whichever engine they are.
+
+        Raises:
+            WorkerError: an engine died or did not answer.
+        """
+        answers = [engine.cancel.remote(list(keys)) for engine in self._engines]
+        for index, answer in enumerate(answers):
+            wait_for(answer, _ARRIVAL_S, f"generator engine {index}", "giving completions up")
+
     def _collect(self, streams: dict[Any, int], missing: list[int], deadline: float) -> Iterator[Rollout]:
-        versions: dict[int, int] = {}
         while streams:
             ready, _ = ray.wait(list(streams), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
-                late = ", ".join(f"{index} ({missing[index]} rollouts missing)" for index in sorted(streams.values()))
-                raise WorkerError(
-                    f"no rollout came before the deadline of {self._timeout_s:g} s (placement.step_timeout_s) from "
-                    f"generator engine {late}; raise the deadline or look at the engine's log"
-                )
-            stream = ready[0]
-            index = streams[stream]
-            chunk = _next_chunk(stream, index)
-            if chunk is None:
-                del streams[stream]
-                continue
-            for rollout in chunk:
-                missing[index] -= 1
-                versions[index] = rollout.policy_version
-                if len(set(versions.values())) > 1:
-                    raise WeightSyncError(
-                        f"generator engines sampled with different weight versions (engine: version {versions}); the "
-                        "rollouts of one step must come from one proven version"
-                    )
-                yield rollout
+                raise self._late(sorted(streams.values()), missing)
+            if len(streams) > 1:
+                ready, _ = ray.wait(list(streams), num_returns=len(streams), timeout=_GATHER_S)
+            taken = {stream: _take_ready(stream, streams[stream]) for stream in ready}
+            yield from self._received([(streams[stream], item) for stream in ready for item in taken[stream]], missing)
+            for stream in ready:
+                if not taken[stream]:
+                    del streams[stream]
         if any(missing):
             raise WorkerError(f"generator engines ended with rollouts missing: {missing} (per engine); see their logs")
 
+    def _late(self, engines: Sequence[int], missing: Sequence[int]) -> WorkerError:
+        late = ", ".join(f"{index} ({missing[index]} rollouts missing)" for index in engines)
+        places = {index: whereabouts_of_actor(self._engines[index]._actor_id.hex()) for index in engines}
+        told = "; ".join(f"{index}: {place}" for index, place in places.items() if place)
+        return WorkerError(
+            f"no rollout came before the deadline of {self._timeout_s:g} s (placement.step_timeout_s) from generator "
+            f"engine {late}; look at the log, or raise the deadline if the work is that long{told and f' ({told})'}"
+        )
 
-def _next_chunk(stream: Any, index: int) -> list[Rollout] | None:
-    """What the ready stream yields next, None at its end."""
-    name = f"generator engine {index}"
+    def _received(self, references: Sequence[tuple[int, Any]], missing: list[int]) -> Iterator[Rollout]:
+        """The rollouts behind references, each with the index of its engine."""
+        for (index, _), chunk in zip(references, _fetch(references), strict=True):
+            missing[index] -= len(chunk)
+            self.idle[index].end(len(chunk))
+            for item in chunk:
+                if isinstance(item, Rollout):
+                    yield item
+
+
+def _take_ready(stream: Any, index: int) -> list[Any]:
+    """References to what a ready stream has; none at its end."""
+    taken: list[Any] = []
     try:
-        reference = next(stream)
+        while not taken or stream.next_ready():
+            taken.append(next(stream))
     except StopIteration:
-        return None
+        pass
     except RayError as error:
-        raise worker_error(error, name, "generating") from first_cause(error)
-    chunk: list[Rollout] = wait_for(reference, _ARRIVAL_S, name, "sending finished rollouts")
-    return chunk
+        raise worker_error(error, f"generator engine {index}", "generating") from first_cause(error)
+    return taken
 
 
-def split_by_prompt(requests: Sequence[RolloutRequest], num_shares: int) -> list[list[RolloutRequest]]:
-    """Shares of near equal size that keep each prompt's requests together, so that an engine reuses the prefix."""
+def _fetch(references: Sequence[tuple[int, Any]]) -> list[list[Rollout | Cancelled]]:
+    """What engines have sent, in one call; one by one where that fails, so that the error names its engine."""
+    try:
+        return ray.get([reference for _, reference in references], timeout=_ARRIVAL_S)
+    except Exception:
+        return [
+            wait_for(reference, _ARRIVAL_S, f"generator engine {index}", "sending finished rollouts")
+            for index, reference in references
+        ]
+
+
+def split_by_prompt(requests: Sequence[RolloutRequest], loads: Sequence[int]) -> list[list[RolloutRequest]]:
+    """Shares that keep each prompt's requests together, so that an engine reuses the prefix.
+
+    Args:
+        loads: how much each engine has to do already; with its share it has about as much as the others.
+    """
     groups: dict[str, list[RolloutRequest]] = {}
     for request in requests:
         groups.setdefault(request.prompt.prompt_id, []).append(request)
-    shares: list[list[RolloutRequest]] = [[] for _ in range(num_shares)]
+    shares: list[list[RolloutRequest]] = [[] for _ in loads]
     for group in groups.values():
-        min(shares, key=len).extend(group)
+        least = min(range(len(loads)), key=lambda index: loads[index] + len(shares[index]))
+        shares[least].extend(group)
     return shares

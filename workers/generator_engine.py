@@ -1,13 +1,14 @@
 """One vLLM engine, inside its actor: samples rollouts, answers chats, scores sequences and takes weights.
 
 Decides how a vLLM output becomes a `Rollout`, and who gives way: a chat is served at once, beside rollouts that are
-being sampled, but new weights end it. It must not know rewards, routes, other engines, what chats are about, or how
-weights are transferred beyond the calls of vLLM's weight transfer API.
+being sampled; new weights end it, unless rollouts run through syncs (`Scheduling.runs_through_syncs`). It must not know
+rewards, routes, other engines, what chats are about, or how weights are transferred beyond the calls of vLLM's weight
+transfer API.
 
-Invariants: an engine samples only with weights that were proven (`accept`), and every rollout of one call carries that
-one version; token ids and log-probs are the sampler's own, under the sampling distribution (after temperature, top-k
-and top-p); the prefix cache never outlives the weights that filled it; vLLM, and what describes its weights, is touched
-in the thread of the engine only, so that every method may be called while others run.
+Invariants: an engine takes rollouts only with weights that were proven (`accept`), and every token carries the version
+of the weights that wrote it; no request reads prefixes that other weights have cached; token ids and log-probs are the
+sampler's own, under the sampling distribution (after temperature, top-k and top-p); vLLM, and what describes its
+weights, is touched in the thread of the engine only, so that every method may be called while others run.
 """
 
 from __future__ import annotations
@@ -22,18 +23,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from trace_rl.batch import Rollout, RolloutRequest
+from trace_rl.batch import Rollout, RolloutKey, RolloutRequest
 from trace_rl.config.learner import Lora
 from trace_rl.config.roles import GeneratorSettings, Model
+from trace_rl.config.scheduling import Scheduling
 from trace_rl.errors import TraceError, WeightSyncError, WorkerError
 from trace_rl.protocols import Decoding
 from trace_rl.workers.adapters import Adapter
 from trace_rl.workers.chat import ChatAnswer, ChatFault, ChatRequest
 from trace_rl.workers.generator_chat import ChatFormat, chat_params
 from trace_rl.workers.generator_llm import build_llm
-from trace_rl.workers.generator_sampling import prompt_logprobs, rollout_params, sampled_logprobs, scoring_params
+from trace_rl.workers.generator_sampling import (
+    prompt_logprobs,
+    rollout_params,
+    sampled_logprobs,
+    scoring_params,
+    token_versions,
+)
 from trace_rl.workers.generator_thread import Engine, EngineRequest, EngineThread
-from trace_rl.workers.weight_sender import TransferBackend, TransferGroup, WeightManifest, transport_gist
+from trace_rl.workers.weight_wire import TransferBackend, TransferGroup, WeightManifest, transport_gist
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -41,11 +49,21 @@ if TYPE_CHECKING:
 CHAT_THREADS = 64
 """Chats that one engine serves at once."""
 ENGINE_THREADS = CHAT_THREADS + 8
-"""`max_concurrency` of an engine's actor that serves chats: they must not keep weights and rollouts waiting."""
+"""`max_concurrency` of an engine's actor that serves chats: they must not keep weights and rollouts waiting. Calls of
+`generate` that are open through several steps come on top."""
 
-_CHAT, _ROLLOUT = 0, 1  # priorities: lower goes first
+# Priorities, lower goes first: a proof holds up every sync, a chat the step, an evaluation the learner.
+_PROOF, _CHAT, _EVALUATION, _ROLLOUT = range(4)
 _ADAPTER_ID = 1
 _NO_ADAPTERS = Lora()
+_SYNCHRONOUS = Scheduling()
+
+
+@dataclass(frozen=True)
+class Cancelled:
+    """In place of a rollout that was given up."""
+
+    key: RolloutKey
 
 
 @dataclass(frozen=True)
@@ -69,6 +87,8 @@ class GeneratorEngine:
             whatever version they ask for, until a sync brings other weights. Without it nothing is generated until a
             weight sync has proven the weights.
         lora: the adapters that a weight sync brings; of rank 0: it brings all weights.
+        scheduling: says what a weight sync does to requests that are being written.
+        sleeps: whether it takes turns on its GPUs with a learner (`sleep`, `wake`).
     """
 
     def __init__(
@@ -81,6 +101,8 @@ class GeneratorEngine:
         seed: int = 0,
         loaded_version: int | None = None,
         lora: Lora = _NO_ADAPTERS,
+        scheduling: Scheduling = _SYNCHRONOUS,
+        sleeps: bool = False,
     ) -> None:
         self._name = f"generator engine {index}"
         self._backend: TransferBackend = backend
@@ -88,9 +110,12 @@ class GeneratorEngine:
         self._adapter_folder = tempfile.TemporaryDirectory(prefix="adapter-")
         self._proven_version = loaded_version
         self._is_as_loaded = loaded_version is not None
+        self._scheduling = scheduling
+        self._was_proven = False
+        self._salt = "as loaded"
 
         def build() -> Engine:
-            self._llm = build_llm(model, settings, max_model_len, backend, seed, lora)
+            self._llm = build_llm(model, settings, max_model_len, backend, seed, lora, scheduling, sleeps)
             self._tokenizer = self._llm.get_tokenizer()
             if loaded_version is not None:
                 self._llm.update_weight_version(str(loaded_version))
@@ -105,7 +130,7 @@ class GeneratorEngine:
 
     def generate(
         self, requests: Sequence[RolloutRequest], decoding: Decoding, max_tokens: int
-    ) -> Iterator[list[Rollout]]:
+    ) -> Iterator[list[Rollout | Cancelled]]:
         """Sample one completion per request; yields those that finished in the same engine step.
 
         Log-probs are of the distribution that was sampled from: log_softmax of logits / temperature, of which top-k and
@@ -116,23 +141,41 @@ class GeneratorEngine:
             WeightSyncError: the weights of this engine are not proven.
             WorkerError: vLLM gave a request up.
         """
-        version = self._proven_version
-        if version is None:
-            raise WeightSyncError(
-                f"{self._name} was asked for rollouts while its weights are unproven; sync the weights first"
-            )
-        ticket = self._thread.submit(
-            lambda: [
-                EngineRequest(request.prompt_token_ids, rollout_params(request, decoding, max_tokens), self._adapter)
+        begun_with: list[int] = []
+
+        def make() -> list[EngineRequest]:
+            if self._proven_version is None:
+                raise WeightSyncError(
+                    f"{self._name} was asked for rollouts while its weights are unproven; sync the weights first"
+                )
+            begun_with.append(self._proven_version)
+            return [
+                self._request(
+                    request.prompt_token_ids,
+                    rollout_params(request, decoding, max_tokens),
+                    RolloutKey(request.prompt.prompt_id, request.sample),
+                )
                 for request in requests
-            ],
-            _ROLLOUT,
-        )
+            ]
+
+        ticket = self._thread.submit(make, _EVALUATION if decoding.goes_first else _ROLLOUT)
         try:
             for finished in ticket.outputs():
-                yield [self._rollout(requests[index], output.outputs[0], version) for index, output in finished]
+                yield [self._outcome(requests[index], output, begun_with[0]) for index, output in finished]
         finally:
             ticket.abort()
+
+    def cancel(self, keys: Sequence[RolloutKey]) -> None:
+        """Give up completions that are being written; in their place `generate` yields `Cancelled`."""
+        self._thread.cancel(keys)
+
+    def _request(self, token_ids: tuple[int, ...], params: Any, tag: RolloutKey | None = None) -> EngineRequest:
+        return EngineRequest(token_ids, params, self._salt, tag, self._adapter)
+
+    def _outcome(self, request: RolloutRequest, output: Any, version: int) -> Rollout | Cancelled:
+        if output is None:
+            return Cancelled(RolloutKey(request.prompt.prompt_id, request.sample))
+        return self._rollout(request, output.outputs[0], version)
 
     def _rollout(self, request: RolloutRequest, completion: Any, version: int) -> Rollout:
         if completion.finish_reason not in ("stop", "length"):
@@ -141,11 +184,11 @@ class GeneratorEngine:
                 f"{completion.finish_reason!r}, expected 'stop' or 'length'; see its log"
             )
         token_ids = tuple(completion.token_ids)
-        versions = {int(span.version) for span in completion.weight_versions}
-        if versions != {version}:
+        versions = token_versions(completion.weight_versions, len(token_ids))
+        if (versions < version).any() or (not self._scheduling.runs_through_syncs and (versions > version).any()):
             raise WeightSyncError(
                 f"{self._name} wrote sample {request.sample} of prompt {request.prompt.prompt_id} with weight versions "
-                f"{sorted(versions)}, but version {version} is the proven one"
+                f"{np.unique(versions).tolist()}, but version {version} was the proven one when it began"
             )
         return Rollout(
             prompt=request.prompt,
@@ -154,7 +197,7 @@ class GeneratorEngine:
             token_ids=token_ids,
             rollout_logprobs=sampled_logprobs(completion.logprobs, token_ids),
             finish_reason=completion.finish_reason,
-            policy_version=version,
+            token_versions=versions,
             text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
         )
 
@@ -181,14 +224,15 @@ class GeneratorEngine:
         return self._chats.answer(prompt, output.outputs[0])
 
     def _chat_request(self, request: ChatRequest, prompt: tuple[int, ...]) -> EngineRequest:
-        if not self._is_as_loaded and request.policy_version != self._proven_version:
+        runs_on = self._scheduling.runs_through_syncs and self._was_proven
+        if not self._is_as_loaded and not runs_on and request.policy_version != self._proven_version:
             holds = "unproven weights" if self._proven_version is None else f"version {self._proven_version}"
             raise ChatFault(
                 f"{self._name} holds {holds}, and the request is for version {request.policy_version}",
                 "timeout",
                 is_final=True,
             )
-        return EngineRequest(prompt, chat_params(request), self._adapter)
+        return self._request(prompt, chat_params(request))
 
     def score(self, sequences: Sequence[tuple[int, ...]]) -> list[Float[np.ndarray, " time"]]:
         """Log-probs of token sequences at temperature 1, computed anew (no cached prefix is read).
@@ -197,7 +241,7 @@ class GeneratorEngine:
             One array [len(sequence) - 1] per sequence: element t is log p(sequence[t + 1] | sequence[: t + 1]).
         """
         ticket = self._thread.submit(
-            lambda: [EngineRequest(sequence, scoring_params(), self._adapter) for sequence in sequences], _ROLLOUT
+            lambda: [self._request(sequence, scoring_params()) for sequence in sequences], _PROOF
         )
         try:
             outputs = dict(itertools.chain.from_iterable(ticket.outputs()))
@@ -275,14 +319,24 @@ class GeneratorEngine:
         return WeightReceipt(int(self._llm.get_weight_version()), adapter.digest())
 
     def _give_weights_up(self, version: int) -> None:
-        """End all chats, so that an annotation that comes late neither delays nor breaks a sync."""
+        """End all chats, so that an annotation that comes late neither delays nor breaks a sync.
+
+        Where rollouts run through syncs chats do so too.
+        """
         self._proven_version = None
         self._is_as_loaded = False
+        if self._scheduling.runs_through_syncs:
+            return
         reason = f"{self._name} did not finish a chat request before the weights of version {version} replaced its own"
         self._thread.abort_all(_CHAT, ChatFault(reason, "timeout", is_final=True))
 
     def _forget_prefixes(self, version: int) -> None:
-        if not self._llm.reset_prefix_cache():
+        """Let nothing that comes read what other weights have cached, nor what is being written unless it may."""
+        self._salt = str(version)
+        if self._scheduling.runs_through_syncs and self._scheduling.partial == "keep":
+            return  # what is cached belongs to requests that are being written, and to no salt that is to come
+        # requests that are being written are preempted: vLLM computes their cache anew before they go on
+        if not self._llm.reset_prefix_cache(reset_running_requests=self._scheduling.runs_through_syncs):
             raise WeightSyncError(
                 f"{self._name} kept its prefix cache after version {version} arrived, because requests still run; let "
                 "them finish before a sync"
@@ -293,9 +347,44 @@ class GeneratorEngine:
         return self._thread.run(self._receipt)
 
     def _receipt(self) -> WeightReceipt:
-        digests = set(self._llm.collective_rpc("received_digest"))
-        return WeightReceipt(int(self._llm.get_weight_version()), "+".join(sorted(digests)))
+        digests = self._llm.collective_rpc("received_digest")
+        if len(set(digests)) != 1:
+            raise WeightSyncError(
+                f"the {len(digests)} workers of {self._name} received different weights (digests "
+                f"{', '.join(sorted(set(digests)))}); stop the run and look at its log"
+            )
+        return WeightReceipt(int(self._llm.get_weight_version()), digests[0])
 
     def accept(self, version: int) -> None:
         """Declare the weights proven, so that rollouts may be sampled."""
-        self._thread.run(lambda: setattr(self, "_proven_version", version))
+
+        def proven() -> None:
+            self._proven_version, self._was_proven = version, True
+
+        self._thread.run(proven)
+
+    def sleep(self, level: int) -> None:
+        """Give the GPUs up until `wake`; chats give way.
+
+        Args:
+            level: vLLM's. 1: the weights wait in CPU memory. 2: they are dropped, and the engine is unproven until
+                others have come.
+
+        Raises:
+            WorkerError: rollouts were still being sampled; names this engine.
+        """
+        self._thread.run(lambda: self._sleep(level))
+
+    def _sleep(self, level: int) -> None:
+        if level > 1:
+            self._proven_version = None
+            self._is_as_loaded = False
+        reason = f"{self._name} did not finish a chat request before the learner took its turn on the GPUs"
+        self._thread.abort_all(_CHAT, ChatFault(reason, "timeout", is_final=True))
+        if self._llm.llm_engine.has_unfinished_requests():
+            raise WorkerError(f"{self._name} was put to sleep while it was sampling; let the rollouts finish before")
+        self._llm.sleep(level)
+
+    def wake(self, part: str) -> None:
+        """Take memory of the GPUs back: that of the `weights`, then `kv_cache`; requests wait until both are there."""
+        self._thread.run(lambda: self._llm.wake_up([part]))

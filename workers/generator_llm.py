@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from trace_rl.config.learner import Lora
 from trace_rl.config.roles import GeneratorSettings, Model
+from trace_rl.config.scheduling import Scheduling
 from trace_rl.workers import environment
 from trace_rl.workers.adapters import linear_names
-from trace_rl.workers.weight_sender import TransferBackend
+from trace_rl.workers.weight_wire import TransferBackend
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -26,15 +27,23 @@ _STRUCTURED_OUTPUTS = {
 
 
 def build_llm(
-    model: Model, settings: GeneratorSettings, max_model_len: int, backend: TransferBackend, seed: int, lora: Lora
+    model: Model,
+    settings: GeneratorSettings,
+    max_model_len: int,
+    backend: TransferBackend,
+    seed: int,
+    lora: Lora,
+    scheduling: Scheduling,
+    sleeps: bool,
 ) -> LLM:
     """An engine that can take weights, serve chats beside rollouts, and score; belongs to the calling thread.
 
     Args:
         max_model_len: longest prompt plus completion, in tokens.
         lora: of rank 0: no room for adapters is made.
+        scheduling: says whether new weights come while requests are being written.
+        sleeps: whether the memory of GPUs can be given up for a while; CPUs have none of that.
     """
-    environment.apply(settings.kv_cache_gib)
     is_cpu = not environment.has_gpu()
     if is_cpu:
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(settings.kv_cache_gib)  # inherited values are another engine's
@@ -51,10 +60,16 @@ def build_llm(
         max_num_seqs=settings.max_concurrent_sequences,
         gpu_memory_utilization=settings.gpu_memory_frac,
         enforce_eager=settings.enforce_eager or is_cpu,
+        tensor_parallel_size=settings.tensor_parallel,
+        # in processes of this actor: left alone, vLLM takes further bundles of the placement group for its workers
+        distributed_executor_backend="mp" if settings.tensor_parallel > 1 else "uni",
+        enable_sleep_mode=sleeps and not is_cpu,
         enable_prefix_caching=True,
         logprobs_mode="processed_logprobs",
         seed=seed,
         scheduling_policy="priority",
+        # it would leave a step on its way while new weights are loaded
+        async_scheduling=False if scheduling.runs_through_syncs else None,
         structured_outputs_config=_STRUCTURED_OUTPUTS,
         weight_transfer_config=WeightTransferConfig(backend=f"trace_{backend}"),
         worker_extension_cls=WORKER_EXTENSION,

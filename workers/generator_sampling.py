@@ -1,4 +1,4 @@
-"""What vLLM is asked for rollouts and for scores, and how log-probs are read out of its tables.
+"""What vLLM is asked for rollouts and for scores, and how its tables of log-probs and of versions are read.
 
 This module must not know weights, or when requests run.
 """
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from trace_rl.batch import RolloutRequest
 from trace_rl.errors import WorkerError
@@ -67,3 +67,20 @@ def sampled_logprobs(logprobs: Any, token_ids: Sequence[int]) -> Float[np.ndarra
             "vLLM's log-prob table does not list the sampled tokens first; the vLLM version is unsupported"
         )
     return np.array([logprobs.logprobs[start] for start in starts], dtype=np.float32)
+
+
+def token_versions(spans: Sequence[Any] | None, num_tokens: int) -> Int[np.ndarray, " time"]:
+    """Version of the weights that sampled each token, out of vLLM's spans [start, end) of one version each.
+
+    Raises:
+        WorkerError: the spans do not cover every token once, in order.
+    """
+    ends = [0, *(span.end for span in spans or ())]
+    if [span.start for span in spans or ()] != ends[:-1] or ends[-1] != num_tokens:
+        found = [(span.version, span.start, span.end) for span in spans or ()]
+        raise WorkerError(
+            f"vLLM gave weight versions (version, start, end) {found} for a completion of {num_tokens} tokens, "
+            "expected spans that cover them in order; the vLLM version is unsupported"
+        )
+    versions = [int(span.version) for span in spans or ()]
+    return np.repeat(np.array(versions, dtype=np.int64), np.diff(ends))

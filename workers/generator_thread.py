@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol, TypeVar
@@ -55,8 +55,22 @@ class EngineRequest:
     token_ids: tuple[int, ...]
     params: Any
     """`vllm.SamplingParams`."""
+    salt: str = "any"
+    """Cached prefixes are shared by requests of the same salt only."""
+    tag: Hashable = None
+    """By which it can be cancelled."""
     adapter: Any = None
     """`vllm.lora.request.LoRARequest`."""
+
+
+@dataclass(frozen=True)
+class _Open:
+    """A request that vLLM has and that has not finished."""
+
+    ticket: Ticket
+    index: int
+    """Among those of the ticket."""
+    tag: Hashable
 
 
 class EngineThread:
@@ -71,7 +85,7 @@ class EngineThread:
         self._name = name
         self._jobs: SimpleQueue[Callable[[], object]] = SimpleQueue()
         self._end: BaseException | None = None
-        self._open: dict[str, tuple[Ticket, int]] = {}
+        self._open: dict[str, _Open] = {}
         self._arrivals = itertools.count()
         self._engine: Engine
         built: SimpleQueue[BaseException | None] = SimpleQueue()
@@ -119,6 +133,10 @@ class EngineThread:
         """Have what is left of a ticket dropped; does not wait."""
         self._jobs.put(lambda: self._drop(ticket))
 
+    def cancel(self, tags: Collection[Hashable]) -> None:
+        """Drop open requests with these tags; their tickets get None as their outputs."""
+        self.run(lambda: self._cancel(frozenset(tags)))
+
     def abort_all(self, priority: int, reason: BaseException) -> None:
         """Drop all requests of this priority; their tickets raise `reason`."""
         self.run(lambda: self._drop_all(priority, reason))
@@ -159,7 +177,7 @@ class EngineThread:
                 patience_s = self._step() if self._open else None
         except BaseException as error:
             self._end = error
-            for ticket in {ticket for ticket, _ in self._open.values()}:
+            for ticket in {item.ticket for item in self._open.values()}:
                 ticket.put(self._ended())
 
     def _work_off(self, patience_s: float | None) -> None:
@@ -178,8 +196,8 @@ class EngineThread:
         arrived: dict[Ticket, list[tuple[int, Any]]] = {}
         for output in self._engine.step():
             if output.finished and output.request_id in self._open:
-                ticket, index = self._open.pop(output.request_id)
-                arrived.setdefault(ticket, []).append((index, output))
+                item = self._open.pop(output.request_id)
+                arrived.setdefault(item.ticket, []).append((item.index, output))
         for ticket, outputs in arrived.items():
             ticket.put(outputs)
         if self._open and not self._engine.has_unfinished_requests():
@@ -187,35 +205,40 @@ class EngineThread:
         return _PAUSE_S if not arrived and time.monotonic() - started < _EMPTY_STEP_S else 0.0
 
     def _add(self, ticket: Ticket, make: Callable[[], Sequence[EngineRequest]]) -> None:
-        added = []
+        added: dict[str, _Open] = {}
         try:
             requests = make()
             for index, request in enumerate(requests):
                 arrival = next(self._arrivals)  # the clock could tie, and vLLM breaks ties at random
                 self._engine.add_request(
                     str(arrival),
-                    {"prompt_token_ids": list(request.token_ids)},
+                    {"prompt_token_ids": list(request.token_ids), "cache_salt": request.salt},
                     request.params,
                     float(arrival),
                     request.adapter,
                     priority=ticket.priority,
                 )
-                added.append((str(arrival), (ticket, index)))
+                added[str(arrival)] = _Open(ticket, index, request.tag)
         except BaseException as error:
-            self._engine.abort_request([request_id for request_id, _ in added])
+            self._engine.abort_request(list(added))
             ticket.put(error)
             return
         self._open.update(added)
         ticket.put(len(requests))
 
     def _drop(self, ticket: Ticket) -> None:
-        request_ids = [request_id for request_id, (owner, _) in self._open.items() if owner is ticket]
+        self._forget([request_id for request_id, item in self._open.items() if item.ticket is ticket])
+
+    def _cancel(self, tags: frozenset[Hashable]) -> None:
+        for item in self._forget([request_id for request_id, item in self._open.items() if item.tag in tags]):
+            item.ticket.put([(item.index, None)])
+
+    def _forget(self, request_ids: list[str]) -> list[_Open]:
         self._engine.abort_request(request_ids)
-        for request_id in request_ids:
-            del self._open[request_id]
+        return [self._open.pop(request_id) for request_id in request_ids]
 
     def _drop_all(self, priority: int, reason: BaseException) -> None:
-        for ticket in {ticket for ticket, _ in self._open.values() if ticket.priority == priority}:
+        for ticket in {item.ticket for item in self._open.values() if item.ticket.priority == priority}:
             self._drop(ticket)
             ticket.put(reason)
 
@@ -234,6 +257,8 @@ class Ticket:
 
     def outputs(self, timeout_s: float | None = None) -> Iterator[list[tuple[int, Any]]]:
         """Finished outputs with the index of their request, those of one step together; to be iterated once.
+
+        A request that was cancelled has None as its output.
 
         Raises:
             TimeoutError: not all have come `timeout_s` after the first was asked for.

@@ -19,6 +19,8 @@ import os
 import queue
 import resource
 import signal
+import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -90,6 +92,7 @@ class _Child:
         self._timeout_s = timeout_s
         self._is_ready = False
         self._pipe, theirs = Pipe()
+        _bound(self._pipe, timeout_s)
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         with theirs:
             self._process = subprocess.Popen(
@@ -113,6 +116,9 @@ class _Child:
                 self.kill()
                 return Verdict(0.0, "timeout")
             reply = json.loads(self._pipe.recv_bytes())
+        except BlockingIOError:  # it hangs in the middle of the text, or of the reply
+            self.kill()
+            return Verdict(0.0, "timeout")
         except (EOFError, OSError):
             status = self.kill()
             if status == -signal.SIGALRM:
@@ -148,6 +154,15 @@ class _Child:
                 f"A grading process did not start within {START_TIMEOUT_S:g} s (exit status {status}); its standard "
                 "error says why, most likely math-verify cannot be imported."
             )
+
+
+def _bound(pipe: Connection, timeout_s: float) -> None:
+    """Have reads and writes fail with BlockingIOError where the other side takes or gives nothing for so long."""
+    seconds = int(timeout_s)
+    timeval = struct.pack("@ll", seconds, max(1, int(1e6 * (timeout_s - seconds))))  # all zero would be for ever
+    with socket.socket(fileno=os.dup(pipe.fileno())) as ours:
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
 
 
 def _serve(pipe: Connection, timeout_s: float) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import ray
 import torch
 from jaxtyping import Float
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import GetTimeoutError, RayError
 from torch import Tensor
 
 from trace_rl.batch import TokenStatistics, TrainingBatch
@@ -31,18 +31,26 @@ from trace_rl.objective import couples_tokens, merge_sums, objective_of, summari
 from trace_rl.workers import checkpoint
 from trace_rl.workers.adapters import Adapter
 from trace_rl.workers.batch_runner import StepReport
+from trace_rl.workers.idle import IdleMeter
 from trace_rl.workers.learner_rank import LearnerRank, LearnerSpec
-from trace_rl.workers.waiting import first_cause, worker_error
-from trace_rl.workers.weight_sender import TransferGroup, WeightManifest, transfer_backend
+from trace_rl.workers.waiting import DEATHS, first_cause, worker_error
+from trace_rl.workers.weight_sender import transfer_backend
+from trace_rl.workers.weight_wire import TransferGroup, WeightManifest
+from trace_rl.workers.worker_logs import whereabouts
 
 logger = logging.getLogger(__name__)
 
 _BLAME_GRACE_S = 5.0
 """How long to look for a dead rank after the first error; its peers often complain before Ray knows."""
+_ARRIVAL_S = 60.0
+"""For a result that is there and only has to be copied."""
 
 
-def learner_spec(config: RunConfig) -> LearnerSpec:
+def learner_spec(config: RunConfig, is_one_machine: bool = True) -> LearnerSpec:
     """What a rank needs to know of a run.
+
+    Args:
+        is_one_machine: whether ranks and engines reach each other over loopback.
 
     Raises:
         ConfigError: ZeRO-0 with bfloat16, which DeepSpeed cannot accumulate in float32; or ranks that share
@@ -68,8 +76,13 @@ def learner_spec(config: RunConfig) -> LearnerSpec:
         collective_timeout_s=config.placement.step_timeout_s,
         transfer_backend=transfer_backend(config.sync, config.placement),
         bucket_mib=config.sync.bucket_mib,
-        is_single_node=config.placement.ray_address == "local",
+        is_single_node=is_one_machine,
     )
+
+
+def rank_actors(spec: LearnerSpec, options: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Actor handles of the ranks, each with its options; they load nothing until a `DeepSpeedLearner` starts them."""
+    return [ray.remote(LearnerRank).options(**each).remote(spec, rank) for rank, each in enumerate(options)]
 
 
 class DeepSpeedLearner:
@@ -77,30 +90,27 @@ class DeepSpeedLearner:
 
     Args:
         config: `model.path` must name a folder or a hub model by now.
-        actor_options: further options of every rank's actor, such as a scheduling strategy.
+        ranks: actors made by `rank_actors`; without them they are made where Ray has room.
 
     Raises:
         WorkerError: a rank did not become ready within placement.start_timeout_s.
         ModelError: the model cannot be used.
     """
 
-    def __init__(self, config: RunConfig, run_folder: Path, actor_options: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, config: RunConfig, run_folder: Path, ranks: Sequence[Any] = ()) -> None:
         self._spec = learner_spec(config)
         if config.logging.diagnostics_every and config.learner.zero_stage == 3:
             logger.warning(
                 "Norms and cosine of the parts of the gradient, and the exposure that adds them up, are left out "
                 "(logging.diagnostics_every): ZeRO-3 never has a whole gradient"
             )
+        self.idle = IdleMeter()
         self._dumps = run_folder / "dumps"
         self._step_timeout_s = config.placement.step_timeout_s
         self._start_timeout_s = config.placement.start_timeout_s
         resources = config.placement.learner
-        actor = ray.remote(LearnerRank).options(
-            num_cpus=resources.num_cpus,
-            num_gpus=resources.num_gpus,
-            **(actor_options or {}),
-        )
-        self._ranks = [actor.remote(self._spec, rank) for rank in range(config.learner.world_size)]
+        anywhere = [{"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus}] * config.learner.world_size
+        self._ranks = list(ranks) or rank_actors(self._spec, anywhere)
         try:
             address, port = self._wait([self._ranks[0].open_store.remote()], "starting", start=True)[0]
             self._manifest: WeightManifest = self._all("start", address, port, start=True)[0]
@@ -164,7 +174,7 @@ class DeepSpeedLearner:
             patience_s = max(0.0, deadline - time.monotonic())
             ready, _ = ray.wait([streams[0], *others], timeout=patience_s, fetch_local=False)
             if not ready:
-                raise self._late([0], doing, self._step_timeout_s, "placement.step_timeout_s")
+                raise _late({0: streams[0]}, doing, self._step_timeout_s, "placement.step_timeout_s")
             for end in [end for end in others if end in ready]:
                 if _failure(end) is not None:
                     raise self._blame(ends, end, doing)
@@ -197,13 +207,29 @@ class DeepSpeedLearner:
         """Names, full shapes and dtypes of what `send_weights` sends."""
         return self._manifest
 
-    def connect_sender(self, group: TransferGroup) -> ray.ObjectRef[None]:
-        """Start to open the transfer group on rank 0."""
-        return self._ranks[0].connect_sender.remote(group)
+    @property
+    def num_senders(self) -> int:
+        """Ranks that send; all where engines read the memory of the rank beside them."""
+        return len(self._ranks) if self._spec.transfer_backend == "ipc" else 1
+
+    def connect_sender(self, group: TransferGroup) -> list[ray.ObjectRef[None]]:
+        """Start to open the transfer group on the ranks that send."""
+        return [rank.connect_sender.remote(group) for rank in self._ranks[: self.num_senders]]
 
     def send_weights(self, version: int) -> list[ray.ObjectRef[str]]:
-        """Start to send the weights from rank 0, which resolves to a digest; the other ranks join in the gathering."""
+        """Start to send the weights; those who send resolve to a digest, the other ranks join in the gathering."""
         return [rank.send_weights.remote(version) for rank in self._ranks]
+
+    def write_weights(
+        self, version: int, folder: str
+    ) -> tuple[ray.ObjectRef[WeightManifest], list[ray.ObjectRef[str]]]:
+        """Start to write the weights to a folder: where they are, and a digest from each rank, rank 0's of them."""
+        written = [rank.write_weights.remote(version, folder) for rank in self._ranks]
+        return written[0][0], [digest for _, digest in written]
+
+    def keep_only(self, version: int, folder: str) -> ray.ObjectRef[None]:
+        """Start to remove the other versions that were written to a folder."""
+        return self._ranks[0].keep_only.remote(version, folder)
 
     def export_adapter(self, version: int) -> tuple[ray.ObjectRef[Adapter], list[ray.ObjectRef[str]]]:
         """Start to copy the adapters: rank 0's, and a digest from each rank, of which the first is that of the copy."""
@@ -221,7 +247,8 @@ class DeepSpeedLearner:
 
     def _all(self, method: str, *args: Any, start: bool = False) -> list[Any]:
         """Call a method on every rank and wait for all of them."""
-        return self._wait([getattr(rank, method).remote(*args) for rank in self._ranks], f"calling {method}", start)
+        with self.idle.busy():
+            return self._wait([getattr(rank, method).remote(*args) for rank in self._ranks], f"calling {method}", start)
 
     def _wait(self, references: Sequence[ray.ObjectRef[Any]], doing: str, start: bool = False) -> list[Any]:
         timeout_s = self._start_timeout_s if start else self._step_timeout_s
@@ -231,12 +258,16 @@ class DeepSpeedLearner:
             ready, pending = ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 setting = "placement.start_timeout_s" if start else "placement.step_timeout_s"
-                late = [references.index(reference) for reference in pending]
-                raise self._late(late, doing, timeout_s, setting)
+                late = {rank: each for rank, each in enumerate(references) if each in pending}
+                raise _late(late, doing, timeout_s, setting)
             errors = {reference: error for reference in ready if (error := _failure(reference)) is not None}
             if errors:
                 raise self._blame(references, errors, doing)
-        return [ray.get(reference) for reference in references]
+        try:
+            return list(ray.get(list(references), timeout=_ARRIVAL_S))
+        except GetTimeoutError:
+            late = dict(enumerate(references))
+            raise _late(late, f"sending what came of {doing}", _ARRIVAL_S, "no setting") from None
 
     def _blame(
         self, references: Sequence[ray.ObjectRef[Any]], errors: dict[ray.ObjectRef[Any], RayError], doing: str
@@ -244,20 +275,13 @@ class DeepSpeedLearner:
         """The error to raise for a failed call: that of a dead rank if there is one, else the first that came."""
         failed, error = next(iter(errors.items()))
         others = [reference for reference in references if reference not in errors]
-        if others and not isinstance(first_cause(error), RayActorError | TraceError):
+        if others and not isinstance(first_cause(error), (*DEATHS, TraceError)):
             ray.wait(others, num_returns=len(others), timeout=_BLAME_GRACE_S)
             for reference in others:
                 found = _failure(reference, timeout=0)
-                if isinstance(found, RayActorError):
+                if isinstance(found, DEATHS):
                     failed, error = reference, found
         return worker_error(error, f"learner rank {references.index(failed)}", doing)
-
-    def _late(self, ranks: Sequence[int], doing: str, timeout_s: float, setting: str) -> WorkerError:
-        names = ", ".join(str(rank) for rank in ranks)
-        return WorkerError(
-            f"learner rank {names} did not finish {doing} within {timeout_s:g} s ({setting}); look at its log, or "
-            "raise the deadline if the work is that long"
-        )
 
     def _dump(self, batch: TrainingBatch, reason: str) -> Path:
         self._dumps.mkdir(parents=True, exist_ok=True)
@@ -266,7 +290,17 @@ class DeepSpeedLearner:
         return file
 
 
-def _failure(reference: ray.ObjectRef[Any], timeout: float | None = None) -> RayError | None:
+def _late(calls: Mapping[int, Any], doing: str, timeout_s: float, setting: str) -> WorkerError:
+    """The error on a missed deadline: which ranks are meant, and where their logs are."""
+    names = ", ".join(str(rank) for rank in calls)
+    places = "; ".join(f"rank {rank}: {place}" for rank, call in calls.items() if (place := whereabouts(call)))
+    return WorkerError(
+        f"learner rank {names} did not finish {doing} within {timeout_s:g} s ({setting}); look at the log, or raise "
+        f"the deadline if the work is that long{places and f' ({places})'}"
+    )
+
+
+def _failure(reference: ray.ObjectRef[Any], timeout: float = _ARRIVAL_S) -> RayError | None:
     """The error that a finished call ended with; None when it succeeded, or is not finished within `timeout`."""
     try:
         ray.get(reference, timeout=timeout)

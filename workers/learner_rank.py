@@ -30,13 +30,9 @@ from trace_rl.objective import Objective
 from trace_rl.workers.adapters import Adapter, adapter_config, add_adapters
 from trace_rl.workers.batch_runner import BatchRunner, StepReport
 from trace_rl.workers.ranks import Ranks
-from trace_rl.workers.weight_sender import (
-    TransferBackend,
-    TransferGroup,
-    WeightManifest,
-    WeightSender,
-    free_address,
-)
+from trace_rl.workers.weight_file import keep_only, write_version
+from trace_rl.workers.weight_sender import WeightSender
+from trace_rl.workers.weight_wire import TransferBackend, TransferGroup, WeightManifest, free_address
 
 if TYPE_CHECKING:
     import deepspeed
@@ -150,20 +146,43 @@ class LearnerRank:
         return free_address(self._spec.is_single_node)
 
     def connect_sender(self, group: TransferGroup) -> None:
-        """Rank 0: open the group that weights are sent through."""
+        """A rank that sends: join the group that weights are sent through."""
         if self._sender is None:
-            self._sender = WeightSender(self._manifest, self._spec.transfer_backend)
+            self._sender = WeightSender(self._manifest, self._spec.transfer_backend, self._rank, self._device)
         self._sender.connect(group)
 
     def send_weights(self, version: int) -> str:
-        """Gather the full weights and send them from rank 0; collective. Returns the digest of what was sent, or ''."""
+        """Gather the full weights and send them, where this rank does; collective.
+
+        Returns:
+            Digest of what was sent; '' of a rank that does not send.
+        """
         self._refuse_after_failure(f"send its weights as version {version}")
-        weights = (weight for bucket in self._buckets() for weight in bucket)
-        if self._rank == 0 and self._sender is not None:
+        weights = self._full_weights()
+        if self._sender is not None:
             return self._sender.send(weights)
         for _ in weights:
             pass
         return ""
+
+    @ray.method(num_returns=2)
+    def write_weights(self, version: int, folder: str) -> tuple[WeightManifest, str]:
+        """Gather the full weights and write them to a folder from rank 0; collective.
+
+        Returns:
+            Where they are, and their digest; of other ranks what they would be, and ''.
+        """
+        self._refuse_after_failure(f"write its weights as version {version}")
+        weights = self._full_weights()
+        if self._rank == 0:
+            return write_version(Path(folder), version, self._manifest, weights, self._spec.bucket_mib * 2**20)
+        for _ in weights:
+            pass
+        return self._manifest, ""
+
+    def keep_only(self, version: int, folder: str) -> None:
+        """Remove the other versions that were written to a folder."""
+        keep_only(Path(folder), version)
 
     @ray.method(num_returns=2)
     def export_adapter(self, version: int) -> tuple[Adapter, str]:
@@ -202,6 +221,18 @@ class LearnerRank:
         checkpoint.read_learner(Path(folder), self._engine, self._rank)
         self._failure = ""
 
+    def put_away(self, what: str) -> None:
+        """Move the `states` of training, or then the `weights`, to CPU memory, so that engines have the GPU."""
+        from trace_rl.workers import learner_states
+
+        learner_states.put_away(self._engine, what)
+
+    def take_back(self) -> None:
+        """Bring all of that back to the GPU."""
+        from trace_rl.workers import learner_states
+
+        learner_states.take_back(self._engine)
+
     def _layout(self) -> dict[str, Any]:
         settings = self._spec.settings
         return {
@@ -220,6 +251,9 @@ class LearnerRank:
         """Copies of full weights in CPU memory; collective, and empty on the other ranks."""
         buckets = self._gathered(weights, self._spec.bucket_mib * 2**20)
         return {name: weight.to("cpu", copy=True) for bucket in buckets for name, weight in bucket if self._rank == 0}
+
+    def _full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        return (weight for bucket in self._buckets() for weight in bucket)
 
     def _buckets(self) -> Iterator[list[tuple[str, Tensor]]]:
         return self._gathered(self._weights, self._spec.bucket_mib * 2**20)
@@ -246,6 +280,7 @@ def _unweighted(number: int, token_ids: tuple[int, ...]) -> TrainingSequence:
         prompt_token_ids=token_ids[:1],
         token_ids=token_ids[1:],
         rollout_logprobs=zeros,
+        staleness=zeros.astype(np.int64),
         advantages=zeros,
         pg_weight=zeros,
         route_positions=index,

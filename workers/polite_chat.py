@@ -36,13 +36,26 @@ _COUNTED = ("requests", "retries", "cache_hits", "shared", "prompt_tokens", "com
 
 
 class _Flight:
-    """A request under way, and until when some rollout waits for it."""
+    """A request under way, and who waits for it until when."""
 
     task: asyncio.Task[ChatAnswer]
 
-    def __init__(self, round_: int, patience_ends: float) -> None:
-        self.round = round_
-        self.patience_ends = patience_ends
+    def __init__(self, slots: asyncio.Semaphore) -> None:
+        self.num_waiting = 0
+        self.patience_ends = 0.0
+        self._slots = slots
+        self._has_slot = False
+
+    async def take_slot(self) -> None:
+        """Wait for a place among the requests that may be open at once."""
+        await self._slots.acquire()
+        self._has_slot = True
+
+    def leave_slot(self) -> None:
+        """Give the place to others, if there is one."""
+        if self._has_slot:
+            self._has_slot = False
+            self._slots.release()
 
 
 class PoliteChat:
@@ -86,7 +99,6 @@ class PoliteChat:
         self._disk = ThreadPoolExecutor(1, "annotation-cache")  # another process may keep SQLite waiting for seconds
         self._jitter = random.Random(0)
         self._under_way: dict[str, _Flight] = {}
-        self._round = 0
         self._counts: Counter[str] = Counter()
         self._seconds: list[float] = []
         self._said: set[str] = set()
@@ -102,20 +114,20 @@ class PoliteChat:
         patience_ends = time.monotonic() + self._patience_s
         flight = self._under_way.get(key)
         if flight is None:
-            flight = _Flight(self._round, patience_ends)
+            flight = _Flight(self._slots)
             flight.task = asyncio.create_task(self._answer(key, request, flight))
             self._under_way[key] = flight
             flight.task.add_done_callback(lambda done: self._finish(key, done))
         else:
-            flight.round, flight.patience_ends = self._round, patience_ends
             self._counts["shared"] += 1
-        return await asyncio.shield(flight.task)  # a rollout that stops waiting does not take the answer from others
-
-    def give_up(self) -> None:
-        """The step has stopped waiting: what was sent is stored when it is answered, and takes no place from what
-        comes; nothing else is sent of what was asked so far."""
-        self._round += 1
-        self._slots = asyncio.Semaphore(self._limits.concurrency)
+        flight.patience_ends = patience_ends
+        flight.num_waiting += 1
+        try:
+            return await asyncio.shield(flight.task)  # who stops waiting does not take the answer from others
+        finally:
+            flight.num_waiting -= 1
+            if not flight.num_waiting:
+                flight.leave_slot()  # what was sent is stored when it is answered, and takes no place from what comes
 
     def usage(self) -> dict[str, float]:
         """What was sent, saved and spent since the last call; the run's total spending; seconds of a request."""
@@ -174,7 +186,8 @@ class PoliteChat:
 
     async def _try(self, key: str, request: ChatRequest, flight: _Flight) -> ChatAnswer:
         """One request within all limits."""
-        async with self._slots:
+        await flight.take_slot()
+        try:
             estimate = (sum(self._count(message.content) for message in request.messages), request.max_tokens)
             booking = await self._book(estimate, flight)
             try:
@@ -189,6 +202,8 @@ class PoliteChat:
                 return await self._send(key, request, booking, booked)
             finally:
                 self._num_booked -= 1
+        finally:
+            flight.leave_slot()
 
     async def _send(self, key: str, request: ChatRequest, booking: Reservation, booked: Spent) -> ChatAnswer:
         """Ask, tell the breaker how it went, and put what it cost in the place of what was booked."""
@@ -260,7 +275,7 @@ class PoliteChat:
 
     def _check(self, flight: _Flight) -> None:
         """Refuse what nobody waits for any more."""
-        if flight.round < self._round or time.monotonic() >= flight.patience_ends:
+        if not flight.num_waiting or time.monotonic() >= flight.patience_ends:
             raise AnnotationError("No rollout waits for this annotation any more; it was not asked for.", "timeout")
 
     def _report(self, fault: ChatFault) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -21,7 +20,9 @@ from trace_rl.config.roles import Rewarder
 from trace_rl.errors import RewardError, WorkerError
 from trace_rl.rewards import feedback
 from trace_rl.workers.grading import START_TIMEOUT_S, GradingPool, Verdict
-from trace_rl.workers.streaming import Call, Unserved, stream
+from trace_rl.workers.idle import IdleMeter
+from trace_rl.workers.streaming import Call, Gate, Unserved, stream
+from trace_rl.workers.worker_logs import whereabouts_of_actor
 
 MAX_CONCURRENT_CALLS = 4
 """Calls that the actor serves at a time; make it with at least this `max_concurrency`."""
@@ -67,7 +68,9 @@ class RayGrader:
         self._actor = actor
         self._settings = settings
         self._lock = threading.Lock()
-        self._counts: Counter[str] = Counter()
+        self._has_told = False
+        self._gate = Gate(MAX_CONCURRENT_CALLS)
+        self.idle = IdleMeter()
 
     def grade(self, rollouts: Iterable[Rollout]) -> Iterator[GradedRollout]:
         """Graded rollouts as they are done.
@@ -81,37 +84,25 @@ class RayGrader:
             deadline_s=self._deadline_s,
             suspect="the rewarder",
             doing="grading",
-            max_in_flight=MAX_CONCURRENT_CALLS,
+            gate=self._gate,
         )
         for rollout, verdict in stream(rollouts, call):
             if verdict is Unserved.SKIPPED:
                 verdict = Verdict(0.0, "truncated")
             elif isinstance(verdict, Unserved):
+                place = whereabouts_of_actor(self._actor._actor_id.hex())
                 raise WorkerError(
                     f"The rewarder did not answer for rollout {rollout.key} although each text is killed after "
-                    f"{self._settings.timeout_s:g} s (rewarder.timeout_s): look at the log of its actor."
+                    f"{self._settings.timeout_s:g} s (rewarder.timeout_s): look at its log{place and f' ({place})'}."
                 )
-            self._count(rollout, verdict)
+            self._tell(rollout, verdict)
             said = feedback(rollout.text, verdict.reward, verdict.cause)
             yield GradedRollout(rollout, verdict.reward, verdict.cause, said)
-
-    def metrics(self) -> dict[str, float]:
-        """Counters since the last call: rollouts by cause, and the share of graded ones that earned 0."""
-        with self._lock:
-            counts, self._counts = self._counts, Counter()
-        metrics = {
-            "reward/graded": float(counts["graded"]),
-            "reward/truncated": float(counts["truncated"]),
-            "reward/timeouts": float(counts["timeout"]),
-            "reward/errors": float(counts["error"]),
-        }
-        if counts["graded"]:
-            metrics["reward/zeros_frac"] = counts["zero"] / counts["graded"]
-        return metrics
 
     def _submit(self, rollouts: Sequence[Rollout]) -> Future[Sequence[Verdict]]:
         pairs = [(rollout.text, rollout.prompt.answer) for rollout in rollouts]
         future: Future[Sequence[Verdict]] = self._actor.grade.remote(pairs).future()
+        self.idle.until(future)
         return future
 
     def _deadline_s(self, num_texts: int) -> float:
@@ -119,10 +110,11 @@ class RayGrader:
         rounds = -(-num_texts // self._settings.num_processes)
         return START_TIMEOUT_S + RESPONSE_MARGIN_S + rounds * (self._settings.timeout_s + RESPONSE_MARGIN_S)
 
-    def _count(self, rollout: Rollout, verdict: Verdict) -> None:
+    def _tell(self, rollout: Rollout, verdict: Verdict) -> None:
+        """Say once a run why grading failed; how often it does, metrics tell."""
+        if verdict.cause != "error":
+            return
         with self._lock:
-            self._counts[verdict.cause] += 1
-            self._counts["zero"] += verdict.cause == "graded" and verdict.reward == 0
-            is_first_error = verdict.cause == "error" and self._counts["error"] == 1
-        if is_first_error:
+            is_first, self._has_told = not self._has_told, True
+        if is_first:
             logger.warning("Rollout %s earned 0 because its grading failed: %s", rollout.key, verdict.detail)

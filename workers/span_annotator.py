@@ -57,7 +57,7 @@ class AnnotationTask(NamedTuple):
         """The task that a graded rollout with a verdict makes."""
         rollout = item.rollout
         num_text_tokens = len(rollout.token_ids) - (rollout.finish_reason == "stop")  # the last is end-of-sequence
-        return cls(rollout.prompt, rollout.token_ids, num_text_tokens, span_class_of(item), rollout.policy_version)
+        return cls(rollout.prompt, rollout.token_ids, num_text_tokens, span_class_of(item), rollout.newest_version)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,10 @@ class SpanAnnotator:
         return True
 
     async def annotate(self, tasks: Sequence[AnnotationTask]) -> list[Annotation]:
-        """Annotations in order; a task that fails is marked and does not touch the others."""
+        """Annotations in order; a task that fails is marked and does not touch the others.
+
+        Cancel the call where they are not waited for any more: nothing else is sent on their behalf.
+        """
         return list(await asyncio.gather(*map(self._annotate_one, tasks)))
 
     async def usage(self) -> Usage:
@@ -136,11 +139,6 @@ class SpanAnnotator:
             metrics |= chat.usage()
             notices += chat.notices()
         return Usage(metrics, notices)
-
-    async def give_up(self) -> None:
-        """The step has stopped waiting for what is not annotated yet."""
-        for chat in self._chats:
-            chat.give_up()
 
     async def _annotate_one(self, task: AnnotationTask) -> Annotation:
         try:

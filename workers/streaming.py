@@ -1,8 +1,8 @@
 """A stage of the step as an iterator transformer: items in, batched calls to a role, results out as they come.
 
 Items are handed on while the stage before is still producing: a thread pulls them, so that neither a slow producer
-holds up finished results nor slow calls hold up the producer. Calls are batched by themselves: what arrives while
-`max_in_flight` calls are under way travels in the next one.
+holds up finished results nor slow calls hold up the producer. Calls are batched by themselves: what arrives while the
+role's `Gate` is closed travels in the next one. Streams that feed one role at a time share its gate.
 
 Invariants: every item comes out exactly once, in any order; a call that misses its deadline gives up its items as LATE,
 and so are all items that were not handed on by then, so a role that hangs costs one deadline and not one for each call;
@@ -20,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Generic, TypeVar
 
@@ -42,6 +42,39 @@ class Unserved(Enum):
     LATE = "late"
 
 
+class Gate:
+    """Calls to a role that may be under way at a time, over all streams that feed it."""
+
+    def __init__(self, num_places: int) -> None:
+        self._num_free = num_places
+        self._waiting: list[queue.SimpleQueue[Any]] = []
+        self._lock = threading.Lock()
+
+    def enter(self, events: queue.SimpleQueue[Any]) -> Callable[[], None] | None:
+        """Take a place; returns what gives it back, however often that is called.
+
+        Where there is none, `events` gets a `_Wake` as soon as there may be one.
+        """
+        with self._lock:
+            if not self._num_free:
+                self._waiting.append(events)
+                return None
+            self._num_free -= 1
+        places = [self]  # taken out by the first that leaves
+        return lambda: places.pop()._leave() if places else None
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._num_free += 1
+            woken, self._waiting = self._waiting, []
+        for events in woken:  # all of them: one that has nothing left to send would keep the place from the others
+            events.put(_Wake())
+
+
+class _Wake:
+    """A place at the gate may be free."""
+
+
 @dataclass(frozen=True)
 class Call(Generic[Item, Result]):
     """How a batch of items is served."""
@@ -57,7 +90,7 @@ class Call(Generic[Item, Result]):
     doing: str
     """What it does, as an error names it: "grading"."""
     max_batch: int = 32
-    max_in_flight: int = 4
+    gate: Gate = field(default_factory=lambda: Gate(4))
     drain_s: float = math.inf
     """Once there are no more items, what is not served after so long is given up."""
 
@@ -66,6 +99,8 @@ class Call(Generic[Item, Result]):
 class _InFlight(Generic[Item]):
     items: Sequence[Item]
     deadline: float
+    leave: Callable[[], None]
+    """Gives its place at the gate back."""
 
 
 class _End:
@@ -90,7 +125,7 @@ def stream(items: Iterable[Item], call: Call[Item, Result]) -> Iterator[tuple[It
     is_open, has_given_up, give_up_at = True, False, math.inf
     try:
         while is_open or waiting or in_flight:
-            for event in _next_events(events, in_flight, puller, give_up_at):
+            for event in _next_events(events, in_flight, puller if is_open else None, give_up_at):
                 if isinstance(event, _End):
                     is_open = False
                     if event.error is not None:
@@ -99,20 +134,28 @@ def stream(items: Iterable[Item], call: Call[Item, Result]) -> Iterator[tuple[It
                 elif isinstance(event, Future):
                     served = in_flight.pop(event, None)
                     if served is not None:
+                        served.leave()
                         yield from zip(served.items, _results(event, call, len(served.items)), strict=True)
+                elif isinstance(event, _Wake):
+                    continue
                 elif call.is_wanted(event[0]):
                     waiting.append(event[0])
                 else:
                     yield event[0], Unserved.SKIPPED
-            for future in list(in_flight) if give_up_at <= time.monotonic() else _overdue(in_flight):
+            is_over = give_up_at <= time.monotonic()
+            for future in list(in_flight) if is_over else _overdue(in_flight):
                 has_given_up = True
-                yield from ((item, Unserved.LATE) for item in in_flight.pop(future).items)
-            while waiting and has_given_up:
+                late = in_flight.pop(future)
+                late.leave()
+                yield from ((item, Unserved.LATE) for item in late.items)
+            while waiting and (has_given_up or is_over):
                 yield waiting.popleft(), Unserved.LATE
-            while waiting and len(in_flight) < call.max_in_flight:
-                _start(waiting, in_flight, call, events)
+            while waiting and (leave := call.gate.enter(events)):
+                _start(waiting, in_flight, call, events, leave)
     finally:
         stopped.set()
+        for served in in_flight.values():
+            served.leave()
 
 
 def _pull(items: Iterable[Item], events: queue.SimpleQueue[Any], stopped: threading.Event) -> None:
@@ -131,31 +174,36 @@ def _start(
     in_flight: dict[Future[Sequence[Result]], _InFlight[Item]],
     call: Call[Item, Result],
     events: queue.SimpleQueue[Any],
+    leave: Callable[[], None],
 ) -> None:
     batch = [waiting.popleft() for _ in range(min(len(waiting), call.max_batch))]
     num_served = len(batch) + sum(len(other.items) for other in in_flight.values())
     future = call.submit(batch)
-    in_flight[future] = _InFlight(batch, time.monotonic() + call.deadline_s(num_served))
+    in_flight[future] = _InFlight(batch, time.monotonic() + call.deadline_s(num_served), leave)
     future.add_done_callback(events.put)
 
 
 def _next_events(
     events: queue.SimpleQueue[Any],
     in_flight: dict[Future[Sequence[Result]], _InFlight[Item]],
-    puller: threading.Thread,
+    puller: threading.Thread | None,
     give_up_at: float,
 ) -> list[Any]:
-    """All events that are there, after waiting for the first one until the next deadline."""
+    """All events that are there, after waiting for the first one until the next deadline.
+
+    Args:
+        puller: where there are more items to come, the thread that brings them.
+    """
     if in_flight:
         until = min(give_up_at, *(served.deadline for served in in_flight.values()))
         patience_s = max(0.0, until - time.monotonic())
     else:
-        patience_s = PRODUCER_CHECK_S
-    was_alive = puller.is_alive()
+        patience_s = min(PRODUCER_CHECK_S, max(0.0, give_up_at - time.monotonic()))
+    was_alive = puller is None or puller.is_alive()
     try:
         found = [events.get(timeout=patience_s)]
     except queue.Empty:
-        if not was_alive and not in_flight:
+        if puller is not None and not was_alive and not in_flight:
             raise WorkerError(f"The thread {puller.name!r} ended without a word: report this as a bug.") from None
         return []
     while not events.empty():

@@ -37,6 +37,7 @@ from trace_rl.errors import CheckpointError, ModelError
 from trace_rl.flops import TransformerShape
 from trace_rl.states import states_array
 from trace_rl.token_layout import Packed, Padded, predicting_positions
+from trace_rl.workers.idle import IdleMeter
 from trace_rl.workers.policy_model import final_hidden, head_weight, is_flash, load_policy, transformer_shape
 from trace_rl.workers.waiting import wait_for
 
@@ -215,6 +216,7 @@ class RayTeacher:
         self._weights = weights
         self._timeout_s = timeout_s
         self._is_head_current = False
+        self.idle = IdleMeter()
 
     def shapes(self) -> list[TransformerShape]:
         """Of the models that every request runs through."""
@@ -247,7 +249,8 @@ class RayTeacher:
         self._is_head_current = False
 
     def _wait(self, ref: Any, doing: str) -> Any:
-        return wait_for(ref, self._timeout_s, "the teacher", doing)
+        with self.idle.busy():
+            return wait_for(ref, self._timeout_s, "the teacher", doing)
 
 
 def _length(request: TeacherRequest) -> int:

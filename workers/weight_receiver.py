@@ -10,7 +10,11 @@ packed copies (see `repack_tied_heads`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,124 +29,199 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
 
 from trace_rl.errors import WeightSyncError
-from trace_rl.workers.weight_sender import (
+from trace_rl.workers.weight_digest import WeightDigest
+from trace_rl.workers.weight_file import StoredManifest, read_version
+from trace_rl.workers.weight_ipc import BucketReader, shared_memory
+from trace_rl.workers.weight_wire import (
     GlooGroup,
     TransferBackend,
     TransferGroup,
-    WeightDigest,
     WeightManifest,
-    plan_buckets,
+    plan_frames,
     transport_gist,
 )
 
 WORKER_EXTENSION = f"{__name__}.WeightReceiver"
 
+_FRAMES_AHEAD = 2
+
+Bucket = list[tuple[str, Tensor]]
+"""Weights that are loaded together, by name."""
+
 
 def init_info(backend: TransferBackend, group: TransferGroup, rank_offset: int) -> dict[str, Any]:
     """Argument of vLLM's `init_weight_transfer_engine`; `rank_offset` is the rank of the engine's first worker."""
-    info: dict[str, Any] = {
+    if backend != "nccl":
+        return {"group": group, "rank_offset": rank_offset}
+    return {
         "master_address": group.address,
         "master_port": group.port,
         "rank_offset": rank_offset,
         "world_size": group.world_size,
-        "packed_buffer_size_bytes": group.bucket_mib * 2**20,
+        "packed_buffer_size_bytes": group.bucket_bytes,
+        "packed": True,
     }
-    return info | ({"timeout_s": group.timeout_s} if backend == "gloo" else {"packed": True})
 
 
 def update_info(manifest: WeightManifest) -> dict[str, Any]:
     """Argument of vLLM's `update_weights`."""
-    return {
+    info: dict[str, Any] = {
         "names": list(manifest.names),
         "dtype_names": list(manifest.dtypes),
         "shapes": [list(shape) for shape in manifest.shapes],
     }
+    return info | ({"folder": manifest.folder} if isinstance(manifest, StoredManifest) else {})
 
 
 @dataclass
-class GlooInitInfo(WeightTransferInitInfo):
-    master_address: str
-    master_port: int
+class GroupInitInfo(WeightTransferInitInfo):
+    group: TransferGroup
     rank_offset: int
-    world_size: int
-    packed_buffer_size_bytes: int
-    timeout_s: float
 
 
 @dataclass
-class GlooUpdateInfo(WeightTransferUpdateInfo):
+class ManifestUpdateInfo(WeightTransferUpdateInfo):
     names: list[str]
     dtype_names: list[str]
     shapes: list[list[int]]
+    folder: str = ""
+    """Of weights that lie in files."""
+
+    def manifest(self) -> StoredManifest:
+        return StoredManifest(tuple(self.names), tuple(map(tuple, self.shapes)), tuple(self.dtype_names), self.folder)
 
 
-class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
-    """Receives weights through the host's memory."""
+def ahead(buckets: Iterator[Bucket]) -> Generator[Bucket, None, None]:
+    """The same buckets; while one is loaded, another thread gets the next and its digest."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, buckets, None)
+        while (bucket := coming.result()) is not None:
+            coming = pool.submit(next, buckets, None)
+            yield bucket
 
-    init_info_cls = GlooInitInfo
-    update_info_cls = GlooUpdateInfo
+
+class LoadingEngine(WeightTransferEngine[GroupInitInfo, ManifestUpdateInfo]):
+    """Loads weights as they arrive, bucket by bucket; how they arrive is decided by those who inherit from it."""
+
+    init_info_cls = GroupInitInfo
+    update_info_cls = ManifestUpdateInfo
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.received = WeightDigest()
-        self._group: GlooGroup | None = None
-        self._bucket_bytes = 0
 
-    def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
+    @abstractmethod
+    def arriving(self, manifest: StoredManifest) -> Iterator[Bucket]:
+        """Weights in the manifest's order, on any device, taken into `received`; the tensors are not written again."""
+
+    @abstractmethod
+    def join(self, group: TransferGroup, rank: int) -> None:
+        """Join the senders' group as `rank`."""
+
+    def init_transfer_engine(self, init_info: GroupInitInfo) -> None:
         self.shutdown()
         parallel = self.parallel_config
-        rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
-        self._bucket_bytes = init_info.packed_buffer_size_bytes
-        self._group = GlooGroup(
-            init_info.master_address, init_info.master_port, rank, init_info.world_size, init_info.timeout_s
+        self.join(
+            init_info.group,
+            init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank,
         )
 
     def start_weight_update(self) -> None:
         self.received = WeightDigest()
         initialize_layerwise_reload(self.model)
 
-    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
+    def receive_weights(self, update_info: ManifestUpdateInfo) -> None:
         try:
-            self._receive(
-                WeightManifest(
-                    tuple(update_info.names), tuple(map(tuple, update_info.shapes)), tuple(update_info.dtype_names)
-                )
-            )
+            with disable_mtp_completeness_check(), closing(ahead(self.arriving(update_info.manifest()))) as buckets:
+                for weights in buckets:
+                    # all of a bucket in one call, each of which walks over the whole model
+                    self.model.load_weights((name, weight.to(self.device)) for name, weight in weights)
         except BaseException:
             # Layers that wait for the rest of their weights would mix them with those of the next update.
             finalize_layerwise_reload(self.model, self.model_config)
             self.shutdown()
             raise
 
-    def _receive(self, manifest: WeightManifest) -> None:
-        if self._group is None:
-            raise WeightSyncError("the engine has not joined a transfer group; join one before an update")
-        for bucket in plan_buckets(manifest, self._bucket_bytes):
-            buffer = torch.empty(bucket.nbytes, dtype=torch.uint8)  # not reused: layers keep views until complete
-            try:
-                self._group.broadcast(buffer)
-            except RuntimeError as error:
-                raise WeightSyncError(
-                    f"lost the weight sender while waiting for {manifest.names[bucket.slots[0].index]} and what "
-                    f"follows ({transport_gist(error)}); look at the learner's errors"
-                ) from error
-            for slot in bucket.slots:
-                self._load(manifest.names[slot.index], bucket.view(slot, buffer, manifest))
-
-    def _load(self, name: str, weight: Tensor) -> None:
-        self.received.update(name, weight)
-        self.model.load_weights([(name, weight.to(self.device))])
-
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
         repack_tied_heads(self.model, self.model_config.hf_config)
 
+
+class GlooWeightTransferEngine(LoadingEngine):
+    """Receives weights through the host's memory; the next frames travel while one is loaded."""
+
+    _group: GlooGroup | None = None
+    _bucket_bytes = 0
+
+    def join(self, group: TransferGroup, rank: int) -> None:
+        self._bucket_bytes = group.bucket_bytes
+        self._group = GlooGroup(group.address, group.port, rank, group.world_size, group.timeout_s)
+
+    def arriving(self, manifest: StoredManifest) -> Iterator[Bucket]:
+        if self._group is None:
+            raise WeightSyncError("the engine has not joined a transfer group; join one before an update")
+        group = self._group
+        frames = plan_frames(manifest, self._bucket_bytes)
+        travelling: deque[tuple[Tensor, Any]] = deque()
+        asked = iter(frames)
+        for frame in frames:
+            while len(travelling) <= _FRAMES_AHEAD and (following := next(asked, None)) is not None:
+                buffer = torch.empty(following.nbytes, dtype=torch.uint8)  # new ones: layers keep views until complete
+                travelling.append((buffer, group.start_broadcast(buffer)))
+            buffer, work = travelling.popleft()
+            try:
+                group.finish(work)
+            except RuntimeError as error:
+                raise WeightSyncError(
+                    f"lost the weight sender while waiting for {manifest.names[frame.slots[0].index]} and what "
+                    f"follows ({transport_gist(error)}); look at the learner's errors"
+                ) from error
+            weights = frame.weights(buffer, manifest)
+            for name, weight in weights:
+                self.received.update(name, weight)
+            yield weights
+
     def shutdown(self) -> None:
         self._group = None
+
+
+class SharingEngine(LoadingEngine):
+    """Reads weights in the memory of the learner rank that shares this worker's GPU."""
+
+    _reader: BucketReader | None = None
+
+    def join(self, group: TransferGroup, rank: int) -> None:
+        self._reader = BucketReader(group, rank, shared_memory(self.device))
+
+    def arriving(self, manifest: StoredManifest) -> Iterator[Bucket]:
+        if self._reader is None:
+            raise WeightSyncError("the engine has not joined a transfer group; join one before an update")
+        for bucket, buffer in self._reader.buckets(manifest):
+            weights = bucket.weights(buffer, manifest)
+            for name, weight in weights:
+                self.received.update(name, weight)
+            yield weights
+
+    def shutdown(self) -> None:
+        self._reader = None
+
+
+class FileEngine(LoadingEngine):
+    """Reads weights from a folder."""
+
+    def join(self, group: TransferGroup, rank: int) -> None:
+        """Nothing: files are not waited for."""
+
+    def arriving(self, manifest: StoredManifest) -> Iterator[Bucket]:
+        return read_version(manifest, self.received)
+
+    def shutdown(self) -> None:
+        """Nothing is held."""
 
 
 class DigestingNcclEngine(NCCLWeightTransferEngine):
@@ -215,3 +294,5 @@ class WeightReceiver:
 
 WeightTransferEngineFactory.register_engine("trace_gloo", __name__, GlooWeightTransferEngine.__name__)
 WeightTransferEngineFactory.register_engine("trace_nccl", __name__, DigestingNcclEngine.__name__)
+WeightTransferEngineFactory.register_engine("trace_ipc", __name__, SharingEngine.__name__)
+WeightTransferEngineFactory.register_engine("trace_file", __name__, FileEngine.__name__)

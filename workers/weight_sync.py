@@ -85,6 +85,8 @@ class ProvenWeightSync:
             raise
         accepted = {name: engine.accept.remote(version) for name, engine in self._engines.items()}
         _gather(accepted, f"accepting version {version}", deadline, self._settings.timeout_s)
+        remains = self._transport.finish(version)
+        _gather(remains, f"clearing away what version {version} replaced", deadline, self._settings.timeout_s)
         return {
             "sync/duration_s": time.monotonic() - started,
             "sync/transfer_s": sent - started,
@@ -167,7 +169,8 @@ def _gather(parties: Mapping[str, ObjectRef[Any]], step: str, deadline: float, t
             failures.append((not isinstance(error, RayActorError), str(cause)))
             deadline = min(deadline, time.monotonic() + _GRACE_S)
     if failures:
-        raise WeightSyncError("the weight sync failed: " + "; ".join(what for _, what in sorted(failures)))
+        causes = dict.fromkeys(what for _, what in sorted(failures))  # what the learner wrote fails for every engine
+        raise WeightSyncError("the weight sync failed: " + "; ".join(causes))
     if pending:
         raise WeightSyncError(
             f"{', '.join(sorted(pending.values()))} did not finish {step} within the {timeout_s:g} s that one sync may "

@@ -17,6 +17,7 @@ class Resources(Section):
 
     num_cpus: float = Field(1.0, ge=0)
     num_gpus: float = Field(0.0, ge=0)
+    """Of a guest it is not read: that takes none and is shown those of its hosts."""
     custom: dict[str, float] = {}
     """Custom resources of Ray, by which a role is held to the nodes that were started with them."""
 
@@ -26,9 +27,10 @@ class Placement(Section):
 
     mode: Literal["disaggregated", "colocated"] = "disaggregated"
     """`colocated`: engines and learner ranks share GPUs and take turns (vLLM sleeps, the learner's states wait in CPU
-    memory); `disaggregated`: each has its own."""
+    memory): an engine is a guest of as many ranks as it has workers; `disaggregated`: each has its own."""
     teacher_place: Literal["own", "with_learner", "with_generator"] = "own"
-    """Whether the teacher has its own GPU or lives on one of the learner's or the generator's."""
+    """Whether the teacher has its own GPU, or is a guest on that of the learner's last rank or of the first engine. It
+    never leaves it, whoever's turn it is."""
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK"] = "PACK"
     """How Ray lays the roles over nodes: on as few as possible, on as many as possible, or on exactly one."""
     ray_address: str = "local"
@@ -42,7 +44,7 @@ class Placement(Section):
     step_timeout_s: float = Field(3600.0, gt=0)
     """Deadline of one stage of one step."""
     generator: Resources = Resources()
-    """Of each worker of an engine (generator.tensor_parallel)."""
+    """Of each worker of an engine (generator.tensor_parallel), all of which are on one node."""
     teacher: Resources = Resources()
     learner: Resources = Resources()
     """Per rank."""

@@ -85,14 +85,16 @@ class RunConfig(Section):
     @property
     def cpus_for_roles(self) -> int:
         """Logical CPUs that the roles ask Ray for together, rounded up."""
-        roles = self.placement
+        roles, annotator = self.placement, self.annotator.backend.model
+        num_engines = self.generator.num_engines + (self.sampling.source == "teacher")
+        workers = annotator.engine.tensor_parallel if isinstance(annotator, Static | Frozen) else 0
         total = (
-            roles.generator.num_cpus * (self.generator.num_engines + (self.sampling.source == "teacher"))
+            roles.generator.num_cpus * self.generator.tensor_parallel * num_engines
             + roles.learner.num_cpus * self.learner.world_size
             + roles.rewarder.num_cpus
             + (roles.teacher.num_cpus if self.needs_teacher else 0)
             + (roles.annotator.num_cpus if self.needs_annotator else 0)
-            + (roles.annotator_engine.num_cpus if self.has_annotator_engine else 0)
+            + (roles.annotator_engine.num_cpus * workers if self.needs_annotator else 0)
         )
         return max(1, math.ceil(total))
 
@@ -103,6 +105,37 @@ class RunConfig(Section):
             raise ValueError(
                 f"placement.ray_cpus is {offered}, but the roles ask for {needed} logical CPUs together "
                 "(placement.*.num_cpus); raise the former, leave it out, or lower the latter"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _turns_have_two_sides(self) -> RunConfig:
+        placement, engines, ranks = self.placement, self.generator.num_engines, self.learner.world_size
+        if placement.mode != "colocated":
+            return self
+        workers = engines * self.generator.tensor_parallel
+        if ranks != workers:
+            raise ValueError(
+                f"placement.mode is colocated, where every worker of an engine shares the GPU of a learner rank, but "
+                f"learner.world_size is {ranks} and generator.num_engines x generator.tensor_parallel is {engines} x "
+                f"{self.generator.tensor_parallel} = {workers}; make them equal, or set placement.mode=disaggregated"
+            )
+        if self.scheduling.max_staleness:
+            raise ValueError(
+                f"placement.mode is colocated, where engines sleep while the learner works, but "
+                f"scheduling.max_staleness is {self.scheduling.max_staleness}, which wants both to work at once; set "
+                "it to 0, or placement.mode=disaggregated"
+            )
+        if not self.learner.zero_stage:
+            raise ValueError(
+                "placement.mode is colocated, but learner.zero_stage is 0, whose states DeepSpeed cannot move to CPU "
+                "memory while engines have the GPU; set learner.zero_stage to 1, 2 or 3"
+            )
+        if placement.learner.num_gpus not in (0, 1) or placement.generator.num_gpus > placement.learner.num_gpus:
+            raise ValueError(
+                f"placement.mode is colocated, but placement.learner.num_gpus is {placement.learner.num_gpus:g} and "
+                f"placement.generator.num_gpus is {placement.generator.num_gpus:g}; give a rank 1 GPU, which the "
+                "worker of an engine shares, or both none"
             )
         return self
 
@@ -131,6 +164,17 @@ class RunConfig(Section):
             raise ValueError(
                 f"algorithm.advantage {self.algorithm.advantage.type} compares the completions of one prompt, but "
                 "sampling.samples_per_prompt is 1; set it to at least 2"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stale_tokens_are_corrected(self) -> RunConfig:
+        staleness = self.scheduling.max_staleness
+        if staleness and self.algorithm.has_policy_gradient and self.algorithm.rollout_correction.level == "none":
+            raise ValueError(
+                f"scheduling.max_staleness is {staleness}, but algorithm.rollout_correction.level is none, so that the "
+                "policy gradient would take tokens of older weights for the policy's own; set "
+                "algorithm.rollout_correction.level=stale, or scheduling.max_staleness=0"
             )
         return self
 
@@ -169,6 +213,12 @@ class RunConfig(Section):
                     f"{where} averages over tokens as samples of the policy's whole distribution, but sampling.source "
                     f"is {sampling.source}, sampling.top_p {sampling.top_p:g} and sampling.top_k {sampling.top_k}; set "
                     "them to policy, 1 and 0, or choose a support other than sampled"
+                )
+            if self.scheduling.max_staleness:
+                raise ValueError(
+                    f"{where} averages over tokens as samples of the policy, but scheduling.max_staleness is "
+                    f"{self.scheduling.max_staleness}, which lets older weights write them, and no weight corrects "
+                    "that; set it to 0, or choose a support other than sampled"
                 )
         return self
 

@@ -29,6 +29,16 @@ class Scheduling(Section):
     """Prompts sampled beyond what the steps need, relative to sampling.prompts_per_step; a step takes those that are
     complete first, oldest first. Above 0 only with late=drop, because something has to give way."""
 
+    @property
+    def is_synchronous(self) -> bool:
+        """Whether nothing is sampled while the learner works."""
+        return self.max_staleness == 0
+
+    @property
+    def runs_through_syncs(self) -> bool:
+        """Whether engines get new weights while they write."""
+        return not self.is_synchronous and self.partial != "finish"
+
     @model_validator(mode="after")
     def _surplus_is_dropped(self) -> Scheduling:
         if self.oversampling_frac and self.late == "wait":

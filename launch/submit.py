@@ -1,0 +1,184 @@
+"""A run as a job of a cluster that is there already: validated here, run there.
+
+What a job is given (entry point, runtime environment, metadata) can be read by everyone who reaches the dashboard or
+the Jobs API. So nothing secret goes in: names that look like secrets are refused, and so is a configuration that holds
+the value of one. Secrets belong into the environment of the nodes, from which every role inherits them.
+
+This module must not know how a job is followed or explained (`trace_rl.launch.jobs`) or what is shipped
+(`trace_rl.launch.staging`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from trace_rl.config.run import RunConfig
+from trace_rl.errors import ConfigError
+from trace_rl.launch import jobs
+from trace_rl.launch.staging import CONFIG_NAME, stage
+from trace_rl.overlays import dump_config
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+ENTRYPOINT = f"python -m trace_rl.launch.train {CONFIG_NAME}"
+INTERRUPTED = 130
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|COOKIE")
+_MIN_SECRET_CHARACTERS = 8
+_PINNED = re.compile(r"[\w.\-\[\],]+==\S+")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for beside the configuration."""
+
+    address: str
+    variables: tuple[str, ...] = ()
+    """Names of variables that the job gets with their values of here."""
+    pins: Path | None = None
+    """A lock whose packages are installed for the job; without it the image has them."""
+    is_detached: bool = False
+
+
+def submit(config: RunConfig, request: Request) -> int:
+    """Ship code and configuration, start the job and, unless detached, follow it to its end.
+
+    Returns:
+        The exit code of the job; 0 where it was only started.
+
+    Raises:
+        ConfigError: something of this machine or a secret would go with the job; the server asks for another token.
+        WorkerError: the cluster cannot be reached.
+    """
+    environment = chosen_variables(request.variables)
+    pinned = pinned_packages(request.pins) if request.pins else []
+    check_no_secret(dump_config(config))
+    folder_of_run = config.run.folder.format(name=config.run.name)
+    console = Console(stderr=True)
+    with tempfile.TemporaryDirectory(prefix="trace-rl-stage-") as folder:
+        staged = stage(config, Path.cwd(), Path(folder))
+        client = jobs.connect(request.address)
+        job = jobs.start(
+            client,
+            entrypoint=ENTRYPOINT,
+            submission_id=_job_name(config),
+            runtime_env=runtime_env(staged.folder, environment, pinned),
+            metadata={"run": config.run.name, "run_folder": folder_of_run, "code": staged.digest},
+        )
+    beside = f", with {', '.join(staged.plugins)} of this folder" if staged.plugins else ""
+    _say(console, f"job {job} at {request.address}: code {staged.digest}{beside}, run folder {folder_of_run}")
+    if request.is_detached:
+        print(job)
+        _say(console, how_to(job, request.address))
+        return 0
+    return watch(client, job, request.address)
+
+
+def watch(client: JobSubmissionClient, job: str, address: str) -> int:
+    """Print what the job prints; return its exit code, or `INTERRUPTED` where the user has had enough of it."""
+    console = Console(stderr=True)
+    try:
+        ended = jobs.follow(client, job, _print_now)
+    except KeyboardInterrupt:
+        _say(console, f"\nno longer following; job {job} goes on\n{how_to(job, address)}")
+        return INTERRUPTED
+    if ended.status != "SUCCEEDED":
+        _say(console, f"job {job} {jobs.why(ended)}", style="red")
+    return jobs.exit_code(ended)
+
+
+def how_to(job: str, address: str) -> str:
+    """The commands that a running job is followed and stopped by."""
+    return (
+        f"  follow it: trace-rl jobs logs {job} --follow --address {address}\n"
+        f"  stop it:   trace-rl jobs stop {job} --address {address}"
+    )
+
+
+def runtime_env(folder: Path, variables: Mapping[str, str], pinned: Sequence[str]) -> dict[str, Any]:
+    """Ray's runtime environment of the job; every role inherits it."""
+    environment: dict[str, Any] = {"working_dir": str(folder)}
+    if variables:
+        environment["env_vars"] = dict(variables)
+    if pinned:  # a lock is complete, and may overrule what some package asks for
+        options = ["--no-deps", "--disable-pip-version-check", "--no-cache-dir"]
+        environment["pip"] = {"packages": list(pinned), "pip_check": False, "pip_install_options": options}
+    return environment
+
+
+def chosen_variables(names: Sequence[str]) -> dict[str, str]:
+    """Values of environment variables that are to be shown to everyone who may see the job.
+
+    Raises:
+        ConfigError: a name is not set here, or looks like that of a secret.
+    """
+    for name in names:
+        if _SECRET.search(name.upper()):
+            raise ConfigError(
+                f"--env {name} looks like a secret, and everyone who reaches the cluster's Jobs API can read a job's "
+                "variables; set it in the environment of the nodes instead, before `ray start` or by a Kubernetes "
+                "Secret: every role inherits it from there"
+            )
+        if name not in os.environ:
+            raise ConfigError(f"--env {name} names a variable that is not set here; export it, or leave it out")
+    return {name: os.environ[name] for name in names}
+
+
+def check_no_secret(text: str) -> None:
+    """Refuse a configuration that holds the value of a secret of this environment.
+
+    Raises:
+        ConfigError: naming the variable, not its value.
+    """
+    for name, value in os.environ.items():
+        if _SECRET.search(name.upper()) and len(value) >= _MIN_SECRET_CHARACTERS and value in text:
+            raise ConfigError(
+                f"the configuration holds the value of the environment variable {name}, and a job's files and settings "
+                "can be read by everyone who reaches the cluster; name the variable (as api_key_env does) and set it "
+                "in the environment of the nodes"
+            )
+
+
+def pinned_packages(lock: Path) -> list[str]:
+    """The lines of a lock.
+
+    Raises:
+        ConfigError: it cannot be read, or a line is no exact version.
+    """
+    try:
+        lines = lock.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--pip {lock} cannot be read ({error}); give a lock such as requirements/cuda.lock"
+        ) from None
+    wanted = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+    for line in wanted:
+        if not _PINNED.fullmatch(line):
+            raise ConfigError(
+                f"--pip {lock} holds {line!r}; expected lines like name==1.2.3, so that every node gets the same"
+            )
+    return wanted
+
+
+def _job_name(config: RunConfig) -> str:
+    readable = re.sub(r"[^A-Za-z0-9_.-]+", "-", config.run.name).strip("-.") or "run"
+    return f"{readable}-{secrets.token_hex(4)}"
+
+
+def _print_now(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _say(console: Console, text: str, style: str | None = None) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True, style=style)

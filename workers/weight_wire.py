@@ -1,0 +1,190 @@
+"""What both sides of a weight transfer agree on: what is sent, in which pieces, and the group that they meet in.
+
+It must not know where the weights come from (DeepSpeed) or what receives them (vLLM).
+
+Invariant: both sides derive the buckets and the frames from the manifest alone.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.distributed import BarrierOptions, BroadcastOptions, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
+
+from trace_rl.errors import first_line
+
+TransferBackend = Literal["gloo", "nccl", "ipc", "file"]
+
+FRAME_BYTES = 16 << 20
+"""Weights go through the host's memory in frames of this size, so that one is filled and one loaded while a third
+travels; a bucket that is smaller is one frame."""
+
+_ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class WeightManifest:
+    """What a transfer carries, in order; the same on every side and for every version."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[str, ...]
+    """torch dtype names without the prefix, for example "bfloat16"."""
+
+    @staticmethod
+    def of(weights: Iterable[tuple[str, tuple[int, ...], torch.dtype]]) -> WeightManifest:
+        """Manifest of (name, full shape, dtype) triples."""
+        listed = list(weights)
+        return WeightManifest(
+            tuple(name for name, _, _ in listed),
+            tuple(tuple(int(size) for size in shape) for _, shape, _ in listed),
+            tuple(str(dtype).removeprefix("torch.") for _, _, dtype in listed),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights together."""
+        return sum(_nbytes(shape, dtype) for shape, dtype in zip(self.shapes, self.dtypes, strict=True))
+
+
+@dataclass(frozen=True)
+class TransferGroup:
+    """Where senders and receivers meet, and what they must agree on."""
+
+    address: str
+    port: int
+    world_size: int
+    """The senders, as the first ranks, and every engine's workers."""
+    bucket_mib: int
+    timeout_s: float
+    num_senders: int = 1
+
+    @property
+    def bucket_bytes(self) -> int:
+        return self.bucket_mib * 2**20
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one weight lies in its bucket."""
+
+    index: int
+    """Position in the manifest."""
+    start: int
+    end: int
+    """Bytes [start, end) of the bucket."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Weights that travel together."""
+
+    slots: tuple[Slot, ...]
+    nbytes: int
+
+    def view(self, slot: Slot, buffer: Tensor, manifest: WeightManifest) -> Tensor:
+        """The slot's weight as a view of the bucket's byte buffer."""
+        dtype = getattr(torch, manifest.dtypes[slot.index])
+        return buffer[slot.start : slot.end].view(dtype).view(manifest.shapes[slot.index])
+
+    def weights(self, buffer: Tensor, manifest: WeightManifest) -> list[tuple[str, Tensor]]:
+        """All weights of the bucket by name, as views of its byte buffer."""
+        return [(manifest.names[slot.index], self.view(slot, buffer, manifest)) for slot in self.slots]
+
+
+def plan_buckets(manifest: WeightManifest, bucket_bytes: int) -> list[Bucket]:
+    """Cut the manifest into buckets of at most `bucket_bytes`; a larger weight gets a bucket of its own."""
+    buckets: list[Bucket] = []
+    slots: list[Slot] = []
+    cursor = 0
+    for index, (shape, dtype) in enumerate(zip(manifest.shapes, manifest.dtypes, strict=True)):
+        start, size = math.ceil(cursor / _ALIGNMENT) * _ALIGNMENT, _nbytes(shape, dtype)
+        if slots and start + size > bucket_bytes:
+            buckets.append(Bucket(tuple(slots), cursor))
+            slots, start = [], 0
+        slots.append(Slot(index, start, start + size))
+        cursor = start + size
+    return [*buckets, Bucket(tuple(slots), cursor)] if slots else buckets
+
+
+def plan_frames(manifest: WeightManifest, bucket_bytes: int) -> list[Bucket]:
+    """The buckets of a transfer through the host's memory."""
+    return plan_buckets(manifest, min(bucket_bytes, FRAME_BYTES))
+
+
+def free_address(is_single_node: bool) -> tuple[str, int]:
+    """Address of this node, loopback when everything runs on it, and a TCP port that is free now.
+
+    Another process may take the port before it is used; `connect` then fails and the sync reports it.
+    """
+    if is_single_node:
+        address = "127.0.0.1"
+    else:
+        import ray
+
+        address = ray.util.get_node_ip_address()
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return address, int(probe.getsockname()[1])
+
+
+class GlooGroup:
+    """A gloo group of senders (the first ranks) and receivers, apart from torch's global process group.
+
+    Every rank calls the same methods in the same order. All raise RuntimeError when a peer is gone or too late.
+    """
+
+    def __init__(self, address: str, port: int, rank: int, world_size: int, timeout_s: float) -> None:
+        self._timeout = timedelta(seconds=timeout_s)
+        self._store = TCPStore(
+            address, port, world_size, is_master=rank == 0, timeout=self._timeout, wait_for_workers=False
+        )
+        self._group: Any = ProcessGroupGloo(self._store, rank, world_size, self._timeout)
+        self._rank = rank
+
+    def start_broadcast(self, buffer: Tensor) -> Any:
+        """Start to send (rank 0) or fill (others) a CPU byte buffer; to be given to `finish`."""
+        options = BroadcastOptions()
+        options.rootRank = 0
+        options.rootTensor = 0
+        options.timeout = self._timeout
+        return self._group.broadcast([buffer], options)
+
+    def finish(self, work: Any) -> None:
+        """Wait for what was started."""
+        work.wait(self._timeout)
+
+    def broadcast(self, buffer: Tensor) -> None:
+        """Send (rank 0) or fill (others) a CPU byte buffer."""
+        self.finish(self.start_broadcast(buffer))
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        options = BarrierOptions()
+        options.timeout = self._timeout
+        self.finish(self._group.barrier(options))
+
+    def tell(self, topic: str, text: str) -> None:
+        """Let the other ranks know something; a topic is used once."""
+        self._store.set(f"{topic}/{self._rank}", text)
+
+    def told(self, topic: str, num_ranks: int) -> list[str]:
+        """What each of the first ranks tells of a topic; waits for it."""
+        return [self._store.get(f"{topic}/{rank}").decode() for rank in range(num_ranks)]
+
+
+def transport_gist(error: BaseException) -> str:
+    """What a transport error says, without the source location and the advice that gloo adds."""
+    return re.sub(r"^\[\S+\]\s*", "", first_line(error)).split(". This is typically")[0]
+
+
+def _nbytes(shape: tuple[int, ...], dtype: str) -> int:
+    return math.prod(shape) * int(getattr(torch, dtype).itemsize)
