@@ -85,7 +85,8 @@ def _train(ready: preflight.Ready, folder: RunFolder, journal: RunJournal, displ
         except KeyError as error:
             raise CheckpointError(
                 f"the checkpoint after step {progress.step} holds the data position {progress.position}, which does "
-                f"not belong to data.path={ready.config.data.path!r} (no {error}); resume with the data of the run, or start anew"
+                f"not belong to data.path={ready.config.data.path!r} (no {error}); resume with the data of the run, or "
+                "start anew"
             ) from error
         display.resume(progress.step)
         display.note(f"resumed after {progress.step} steps from {folder.checkpoints}")

@@ -3,8 +3,8 @@
 Decides which rollouts are annotated (those whose span class is wanted and whose verdict is known) and how long a step
 waits. It must not know who annotates, how replies become spans (`trace_rl.annotation`) or what spans are used for.
 
-Invariants: no rollout is lost and none stops the run, nor does an actor that dies; an annotation is waited for no longer
-than `annotator.timeout_s`, and `annotator.step_wait_s` once the last of the rollouts that were begun together is graded.
+Invariants: no rollout is lost and none stops the run, nor does an actor that dies; an annotation is waited for no
+longer than `annotator.timeout_s`, and `annotator.step_wait_s` once the last rollout that was begun with it is graded.
 """
 
 from __future__ import annotations
