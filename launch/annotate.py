@@ -23,9 +23,9 @@ from trace_rl.config.run import RunConfig
 from trace_rl.errors import DataError
 from trace_rl.launch.annotation_cost import estimate, with_verdict
 from trace_rl.launch.annotation_report import Outcome, agreement_table, audit_table, cost_lines, num_answers
+from trace_rl.launch.annotator_checks import check_annotator
 from trace_rl.launch.annotators import (
     AnnotatorSetting,
-    check_annotator,
     start_annotator,
     start_chat_engine,
     surroundings_of,

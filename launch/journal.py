@@ -1,7 +1,7 @@
 """Where a run leaves its trace: metrics.jsonl, sampled rollouts with their spans, trackers, and the display.
 
-The only clock of a run. Metrics of one step are one JSON object a line; every time ends in `_s`, so that two runs of
-one seed can be compared by leaving those out.
+The only clock of a run. Metrics of one step are one JSON object a line; every time ends in `_s`, and shares of
+time stand under `idle/`, so that two runs of one seed can be compared by leaving those out.
 """
 
 from __future__ import annotations

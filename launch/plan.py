@@ -23,7 +23,7 @@ from trace_rl.errors import TraceError
 from trace_rl.launch import placement as seats
 from trace_rl.launch import preflight
 from trace_rl.launch.annotation_cost import Cost
-from trace_rl.launch.annotators import self_annotation_tokens
+from trace_rl.launch.annotator_checks import self_annotation_tokens
 from trace_rl.launch.model_files import resolve_model
 from trace_rl.launch.placement import Node, PlacementPlan, missing, plan_placement
 from trace_rl.launch.plan_batch import BatchPlan, SyncPlan, annotation_at_most, plan_batch, plan_sync

@@ -16,7 +16,7 @@ from trace_rl.config.run import RunConfig
 from trace_rl.config.teacher import External, Teacher
 from trace_rl.contexts import Context, extra_response_pieces
 from trace_rl.errors import ConfigError, DataError, ModelError
-from trace_rl.launch.annotators import check_annotator, self_annotation_tokens
+from trace_rl.launch.annotator_checks import check_annotator, self_annotation_tokens
 from trace_rl.launch.model_files import load_tokenizer, max_positions, resolve_model
 from trace_rl.launch.prompt_sources import annotation_types, error_rule, open_source, peek
 from trace_rl.launch.trackers import check_installed

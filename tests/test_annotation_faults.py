@@ -303,7 +303,7 @@ def test_the_key_reaches_the_server_and_nothing_else(story: Story) -> None:
     assert leaks == story.leaks == []
     assert any(line.startswith("ray::SpanAnnotator") for line in story.commands)
     assert any(VARIABLE in line for line in story.commands)
-    assert "RAY_USAGE_STATS_ENABLED" in story.jobs and VARIABLE in story.jobs
+    assert "driver_pid" in story.jobs and VARIABLE in story.jobs
     shown = [story.jobs, story.printed, *story.commands]
     assert not any(form.decode() in text for text in shown for form in forms_of(KEY))
 

@@ -269,7 +269,7 @@ def test_rollouts_do_not_give_way(engine: Any, learner: Learner) -> None:
     wait_until_running(engine, 64)
     with pytest.raises(WeightSyncError, match="kept its prefix cache after version 1 arrived, because requests still"):
         learner.send(1)
-    with pytest.raises(WeightSyncError, match="but version 0 is the proven one"):
+    with pytest.raises(WeightSyncError, match="but version 0 was the proven one"):
         for reference in stream:
             wait_for(reference, 30, "the engine", "sampling")
     learner.sync(0)

@@ -11,13 +11,8 @@ from trace_rl.annotators import Api
 from trace_rl.config.roles import Model
 from trace_rl.config.run import RunConfig
 from trace_rl.errors import ConfigError, DataError, ModelError
-from trace_rl.launch.annotators import (
-    AnnotatorSetting,
-    api_key,
-    check_annotator,
-    self_annotation_tokens,
-    surroundings_of,
-)
+from trace_rl.launch.annotator_checks import api_key, check_annotator, self_annotation_tokens
+from trace_rl.launch.annotators import AnnotatorSetting, surroundings_of
 from trace_rl.launch.model_files import EMBEDDED, max_positions, resolve_model
 from trace_rl.tasks.arithmetic import ArithmeticRule
 

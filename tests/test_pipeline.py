@@ -34,7 +34,10 @@ def trace_rl(*arguments, cwd, check=True):
 def read_metrics(folder):
     """Records without times, in order."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in record.items() if not name.endswith("_s")} for record in records]
+    return [
+        {name: value for name, value in record.items() if not name.endswith("_s") and not name.startswith("idle/")}
+        for record in records
+    ]
 
 
 def steps_of(records):

@@ -18,14 +18,16 @@ import numpy as np
 import ray
 from jaxtyping import Float
 from ray import ObjectRef
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayError
 
 from trace_rl.config.roles import Sync
 from trace_rl.errors import WeightSyncError
 from trace_rl.protocols import Metrics
-from trace_rl.workers.waiting import first_cause, worker_error
+from trace_rl.workers.waiting import DEATHS, first_cause, worker_error
 from trace_rl.workers.weight_transport import Transport
+from trace_rl.workers.worker_logs import whereabouts
 
+_ARRIVAL_S = 60.0  # for what is finished and only has to be copied
 _GRACE_S = 3.0  # after a first failure, time for others to report: a dead peer is noticed by all, its own end says why
 
 
@@ -163,17 +165,18 @@ def _gather(parties: Mapping[str, ObjectRef[Any]], step: str, deadline: float, t
             break
         name = pending.pop(done[0])
         try:
-            results[name] = ray.get(done[0])
+            results[name] = ray.get(done[0], timeout=_ARRIVAL_S)
         except RayError as error:
             cause = worker_error(error, name, step)
-            failures.append((not isinstance(error, RayActorError), str(cause)))
+            failures.append((not isinstance(error, DEATHS), str(cause)))
             deadline = min(deadline, time.monotonic() + _GRACE_S)
     if failures:
         causes = dict.fromkeys(what for _, what in sorted(failures))  # what the learner wrote fails for every engine
         raise WeightSyncError("the weight sync failed: " + "; ".join(causes))
     if pending:
+        told = "; ".join(f"{name}: {place}" for ref, name in pending.items() if (place := whereabouts(ref)))
         raise WeightSyncError(
             f"{', '.join(sorted(pending.values()))} did not finish {step} within the {timeout_s:g} s that one sync may "
-            "take (sync.timeout_s); look at their logs or raise the deadline"
+            f"take (sync.timeout_s); look at their logs or raise the deadline{told and f' ({told})'}"
         )
     return {name: results[name] for name in parties}
