@@ -323,10 +323,9 @@ def test_a_traceback_out_of_the_annotator_does_not_hold_the_key(story: Story, tm
     cache = tmp_path / "notes.txt"
     cache.write_text("this is the file of another program")
     with WatchedRun(["annotate", story.folder, f"annotator.cache_path={cache}"], tmp_path, {VARIABLE: KEY}) as run:
-        traceback = [b"workers/span_annotator.py", b"cannot be kept in"]
-        run.wait_until(lambda: all(files_with(run.temporary, [part])[1] for part in traceback), "stopped", 120)
-        _, leaks = files_with(run.temporary, forms_of(KEY))
-        assert run.wait(60) == 1
+        assert run.wait_and_keep_logs(tmp_path / "logs", 120) == 1
+    assert all(files_with(tmp_path / "logs", [part])[1] for part in (b"workers/span_annotator.py", b"cannot be kept"))
+    _, leaks = files_with(tmp_path, forms_of(KEY))
     assert "the annotator died while starting" in run.printed and "cannot be kept in" in run.printed
     assert leaks == [] and not any(form.decode() in text for text in [run.printed, *run.seen] for form in forms_of(KEY))
 

@@ -8,6 +8,7 @@ be read while it runs and after a kill. Reads /proc, so Linux only.
 from __future__ import annotations
 
 import base64
+import contextlib
 import getpass
 import os
 import re
@@ -114,6 +115,19 @@ class WatchedRun:
             assert time.monotonic() < deadline, f"the run ended, but left behind {left}"
             time.sleep(0.1)
         return status
+
+    def wait_and_keep_logs(self, folder: Path, timeout_s: float) -> int:
+        """`wait`, with Ray's logs linked into a folder, since a run that ends by itself removes its session of Ray."""
+        folder.mkdir()
+        deadline = time.monotonic() + timeout_s
+        while self._process.poll() is None and time.monotonic() < deadline:
+            for path in self.temporary.glob("*/session_*/logs/**/*"):
+                kept = folder / path.name
+                if path.is_file() and not path.is_symlink() and not kept.exists():
+                    with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                        os.link(path, kept)
+            time.sleep(0.05)
+        return self.wait(max(0.0, deadline - time.monotonic()))
 
     def kill(self) -> None:
         """SIGKILL to every process of the command."""
