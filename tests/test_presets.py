@@ -38,6 +38,7 @@ SMALL = [
     "logging.rollouts_every=1",
     "placement.generator.num_cpus=0.5",
     "placement.learner.num_cpus=0.5",
+    "learner.world_size=1",  # two ranks are tested elsewhere, and would start 33 times here
 ]
 
 

@@ -39,6 +39,7 @@ from trace_rl.workers.weight_file import StoredManifest, read_version
 from trace_rl.workers.weight_ipc import BucketReader, shared_memory
 from trace_rl.workers.weight_wire import (
     GlooGroup,
+    ReusedMemory,
     TransferBackend,
     TransferGroup,
     WeightManifest,
@@ -158,6 +159,10 @@ class GlooWeightTransferEngine(LoadingEngine):
     _group: GlooGroup | None = None
     _bucket_bytes = 0
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._memory = ReusedMemory()
+
     def join(self, group: TransferGroup, rank: int) -> None:
         self._bucket_bytes = group.bucket_bytes
         self._group = GlooGroup(group.address, group.port, rank, group.world_size, group.timeout_s)
@@ -171,7 +176,7 @@ class GlooWeightTransferEngine(LoadingEngine):
         asked = iter(frames)
         for frame in frames:
             while len(travelling) <= _FRAMES_AHEAD and (following := next(asked, None)) is not None:
-                buffer = torch.empty(following.nbytes, dtype=torch.uint8)  # new ones: layers keep views until complete
+                buffer = self._memory.take(following.nbytes)  # layers keep views of it until they are complete
                 travelling.append((buffer, group.start_broadcast(buffer)))
             buffer, work = travelling.popleft()
             try:

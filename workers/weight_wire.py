@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 import re
 import socket
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed import BarrierOptions, BroadcastOptions, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
@@ -118,6 +120,27 @@ def plan_buckets(manifest: WeightManifest, bucket_bytes: int) -> list[Bucket]:
 def plan_frames(manifest: WeightManifest, bucket_bytes: int) -> list[Bucket]:
     """The buckets of a transfer through the host's memory."""
     return plan_buckets(manifest, min(bucket_bytes, FRAME_BYTES))
+
+
+class ReusedMemory:
+    """Byte buffers in memory that is kept: a page's first touch costs several times the copy of a page."""
+
+    def __init__(self) -> None:
+        self._free: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
+        self.nbytes = 0
+        """Of all buffers, lent or not."""
+
+    def take(self, nbytes: int) -> Tensor:
+        """A buffer with any contents, lent until nothing refers to it or to a view of it."""
+        large_enough = [index for index, memory in enumerate(self._free) if memory.size >= nbytes]
+        if large_enough:
+            memory = self._free.pop(min(large_enough, key=lambda index: self._free[index].size))
+        else:
+            memory = np.empty(nbytes, dtype=np.uint8)
+            self.nbytes += nbytes
+        lent = memory[:nbytes]  # the tensor's storage keeps this object, and goes with its last view
+        weakref.finalize(lent, self._free.append, memory)
+        return torch.from_numpy(lent)
 
 
 def free_address(is_single_node: bool) -> tuple[str, int]:
