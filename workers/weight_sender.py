@@ -10,6 +10,7 @@ sender through the host's memory holds two frames (`plan_frames`), one that is b
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ from trace_rl.workers.weight_digest import WeightDigest
 from trace_rl.workers.weight_ipc import BucketLender, shared_memory
 from trace_rl.workers.weight_wire import (
     GlooGroup,
+    ReusedMemory,
     TransferBackend,
     TransferGroup,
     WeightManifest,
@@ -74,30 +76,24 @@ class _GlooLink:
     def __init__(self, group: TransferGroup) -> None:
         self._group: GlooGroup | None = GlooGroup(group.address, group.port, 0, group.world_size, group.timeout_s)
         self._bucket_bytes = group.bucket_bytes
-        self._buffers: list[Tensor] = []
+        self._memory = ReusedMemory()
 
     def send(self, manifest: WeightManifest, weights: Iterator[tuple[str, Tensor]], digest: WeightDigest) -> None:
         assert self._group is not None
-        frames = plan_frames(manifest, self._bucket_bytes)
-        works: list[Any] = []
-        for number, frame in enumerate(frames):
-            if number >= _FRAMES:
-                self._finish(works[number - _FRAMES])
-            buffer = self._buffer(number % _FRAMES, max(frame.nbytes for frame in frames))[: frame.nbytes]
+        travelling: deque[tuple[Tensor, Any]] = deque()
+        for frame in plan_frames(manifest, self._bucket_bytes):
+            if len(travelling) == _FRAMES:
+                self._finish(travelling.popleft()[1])
+            buffer = self._memory.take(frame.nbytes)
             for slot in frame.slots:
                 name, tensor = next(weights)
-                travelling = frame.view(slot, buffer, manifest)
-                travelling.copy_(tensor)
-                digest.update(name, travelling)
-            works.append(self._group.start_broadcast(buffer))
+                sent = frame.view(slot, buffer, manifest)
+                sent.copy_(tensor)
+                digest.update(name, sent)
+            travelling.append((buffer, self._group.start_broadcast(buffer)))
         next(weights, None)  # runs the iterable to its end
-        for work in works[-_FRAMES:]:
+        for _, work in travelling:
             self._finish(work)
-
-    def _buffer(self, place: int, nbytes: int) -> Tensor:
-        if place == len(self._buffers):
-            self._buffers.append(torch.zeros(nbytes, dtype=torch.uint8))
-        return self._buffers[place]
 
     def _finish(self, work: Any) -> None:
         assert self._group is not None
