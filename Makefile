@@ -43,6 +43,9 @@ bench: setup  ## every benchmark in benchmarks/
 	$(BIN)/python benchmarks/annotation_overlap.py
 	$(BIN)/python benchmarks/head_loss.py
 	$(BIN)/python benchmarks/learner_step.py
+	$(BIN)/python benchmarks/straggler_trace.py
+	$(BIN)/python benchmarks/driver_overhead.py
+	$(BIN)/python benchmarks/weight_sync.py
 
 build: setup  ## wheel and source archive in dist/
 	rm -rf build/lib build/bdist.*
