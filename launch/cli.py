@@ -43,7 +43,7 @@ def train(arguments: Arguments) -> None:
     console = Console()
     try:
         config = _load(arguments)
-        from trace_rl.launch import inside_job
+        from trace_rl.launch.job import inside_job
 
         config = inside_job.settle(config)
         _protect_ray(config)
@@ -69,7 +69,7 @@ def plan(
     """Print what a run will do and take, and start nothing: trace-rl plan run.yaml --check"""
     try:
         config = _load(arguments)
-        from trace_rl.launch.plan_command import show
+        from trace_rl.launch.plan.command import show
 
         raise typer.Exit(show(config, check, gpu_memory_gib, Console()))
     except TraceError as error:
@@ -91,8 +91,8 @@ def submit(
     """Train on a running Ray cluster: trace-rl submit run.yaml run.folder=/shared/runs/{name} --address http://HEAD:8265"""
     try:
         config = _load([*arguments, "placement.ray_address=auto"])
-        from trace_rl.launch.submit import Request
-        from trace_rl.launch.submit import submit as start
+        from trace_rl.launch.job.submit import Request
+        from trace_rl.launch.job.submit import submit as start
 
         raise typer.Exit(start(config, Request(address, tuple(env or ()), pip, detach)))
     except TraceError as error:
@@ -106,7 +106,7 @@ def job_status(
 ) -> None:
     """Print state, run, code and folder."""
     try:
-        from trace_rl.launch import jobs
+        from trace_rl.launch.job import jobs
 
         client = jobs.connect(address)
         for each in [jobs.details(client, job)] if job else jobs.all_jobs(client):
@@ -121,13 +121,13 @@ def job_logs(
 ) -> None:
     """Print what a job has printed."""
     try:
-        from trace_rl.launch import jobs
+        from trace_rl.launch.job import jobs
 
         client = jobs.connect(address)
         if not follow:
             typer.echo(jobs.logs(client, job), nl=False)
             return
-        from trace_rl.launch.submit import watch
+        from trace_rl.launch.job.submit import watch
 
         jobs.details(client, job)
         raise typer.Exit(watch(client, job, address))
@@ -139,7 +139,7 @@ def job_logs(
 def stop_job(job: Job, address: Address = "") -> None:
     """End a job; its checkpoints stay."""
     try:
-        from trace_rl.launch import jobs
+        from trace_rl.launch.job import jobs
 
         was_running = jobs.stop(jobs.connect(address), job)
         typer.echo(f"{job} is being stopped" if was_running else f"{job} was not running")

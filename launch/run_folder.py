@@ -1,6 +1,7 @@
 """The folder of a run: where everything is, which one is taken, and the newest complete checkpoint in it.
 
-config.yaml  metrics.jsonl  run.log  summary.md  rollouts/step-000010.jsonl  checkpoints/step-000060/  dumps/  logs/
+config.yaml  plan.txt  metrics.jsonl  run.log  summary.md  rollouts/step-000010.jsonl
+checkpoints/step-000060/  dumps/  logs/
 """
 
 from __future__ import annotations

@@ -19,14 +19,15 @@ from rich.logging import RichHandler
 
 from trace_rl.config.run import RunConfig
 from trace_rl.errors import CheckpointError
-from trace_rl.launch import own_code, preflight
+from trace_rl.launch import preflight
 from trace_rl.launch.cluster import ray_session
 from trace_rl.launch.display import Display
+from trace_rl.launch.job import own_code
 from trace_rl.launch.journal import RunJournal
 from trace_rl.launch.memory import MemoryWatch
-from trace_rl.launch.plan import plan_run
-from trace_rl.launch.plan_cluster import known_gpu_memory
-from trace_rl.launch.plan_text import PLAN_FILE, full_text, short_text
+from trace_rl.launch.plan.cluster import known_gpu_memory
+from trace_rl.launch.plan.run_plan import plan_run
+from trace_rl.launch.plan.text import PLAN_FILE, full_text, short_text
 from trace_rl.launch.roles import start_roles
 from trace_rl.launch.run_folder import Progress, RunFolder, open_run_folder, trim_metrics, write_config
 from trace_rl.launch.summary import Outcome, summarise_run

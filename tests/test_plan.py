@@ -22,12 +22,12 @@ from trace_rl.errors import TraceError
 from trace_rl.launch.cli import app
 from trace_rl.launch.model_files import EMBEDDED, resolve_model
 from trace_rl.launch.placement import Node
-from trace_rl.launch.plan import RunPlan, plan_checked, plan_run, problems
-from trace_rl.launch.plan_batch import prompts_in_flight
-from trace_rl.launch.plan_cluster import gpu_memory
-from trace_rl.launch.plan_memory import REDUCE_BUCKET_VALUES, RoleMemory, activation_bytes, kv_bytes_per_token
-from trace_rl.launch.plan_shapes import model_shape
-from trace_rl.launch.plan_text import full_text, short_text, size
+from trace_rl.launch.plan.batch import prompts_in_flight
+from trace_rl.launch.plan.cluster import gpu_memory
+from trace_rl.launch.plan.memory import REDUCE_BUCKET_VALUES, RoleMemory, activation_bytes, kv_bytes_per_token
+from trace_rl.launch.plan.run_plan import RunPlan, plan_checked, plan_run, problems
+from trace_rl.launch.plan.shapes import model_shape
+from trace_rl.launch.plan.text import full_text, short_text, size
 from trace_rl.overlays import load_config
 from trace_rl.workers.generator_engine import GeneratorEngine
 from trace_rl.workers.learner import learner_spec

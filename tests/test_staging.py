@@ -9,8 +9,8 @@ import pytest
 
 from trace_rl.config.run import RunConfig
 from trace_rl.errors import ConfigError
-from trace_rl.launch import inside_job, own_code
-from trace_rl.launch.staging import stage
+from trace_rl.launch.job import inside_job, own_code
+from trace_rl.launch.job.staging import stage
 from trace_rl.overlays import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,7 +58,7 @@ def test_the_staged_copy_hides_an_older_one_that_comes_first_on_the_path(tmp_pat
 def test_the_job_calls_its_code_by_the_digest_that_the_submitter_was_told(tmp_path: Path) -> None:
     (tmp_path / "stage").mkdir()
     told = stage(configured(), tmp_path, tmp_path / "stage").digest
-    done = python("from trace_rl.launch import own_code; print(own_code.describe())", tmp_path / "stage")
+    done = python("from trace_rl.launch.job import own_code; print(own_code.describe())", tmp_path / "stage")
     assert done.stdout.startswith(f"code {told} ("), done.stderr
 
 
@@ -81,7 +81,7 @@ def test_two_merged_copies_are_refused_with_both_names(tmp_path: Path) -> None:
         staged = staged_in(tmp_path / name, tmp_path)
         (staged / "trace_rl" / "__init__.py").unlink()
         copies.append(staged)
-    done = python("from trace_rl.launch import own_code; own_code.describe()", *copies)
+    done = python("from trace_rl.launch.job import own_code; own_code.describe()", *copies)
     assert "ConfigError: trace_rl is merged from" in done.stderr
     assert all(str(copy / "trace_rl") in done.stderr for copy in copies)
 

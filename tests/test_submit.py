@@ -21,8 +21,8 @@ from ray_head import RayHead
 from watched_run import files_with, forms_of
 
 from trace_rl.errors import ConfigError, WorkerError
-from trace_rl.launch import jobs, own_code
-from trace_rl.launch.submit import INTERRUPTED, check_no_secret, chosen_variables, pinned_packages, runtime_env
+from trace_rl.launch.job import jobs, own_code
+from trace_rl.launch.job.submit import INTERRUPTED, check_no_secret, chosen_variables, pinned_packages, runtime_env
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = [str(ROOT / "configs/demo.yaml"), str(ROOT / "configs/methods/grpo.yaml")]
@@ -245,7 +245,7 @@ def test_changed_code_is_what_runs_and_a_failure_is_told(head: RayHead, tmp_path
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).write_bytes(source.read_bytes())
     (copy / "__init__.py").touch()
-    module = copy / "launch" / "inside_job.py"
+    module = copy / "launch" / "job" / "inside_job.py"
     original = module.read_text(encoding="utf-8")
     overrides = [f"run.folder={tmp_path}/runs", "model.path=/no/such/model", "--address", head.address]
     digests = []

@@ -30,7 +30,7 @@ class WeightDigest:
         """Take in one weight; does not wait for an accelerator."""
         self._hash.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         if tensor.device.type == "cpu":
-            self._sums.append(xxhash.xxh3_128_digest(_bytes(tensor).numpy()))
+            self._sums.append(xxhash.xxh3_128_digest(_bytes(tensor).numpy().data))
         else:
             self._sums.append(device_checksum(tensor))
 

@@ -18,7 +18,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,

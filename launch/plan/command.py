@@ -8,9 +8,9 @@ from rich.console import Console
 
 from trace_rl.config.run import RunConfig
 from trace_rl.launch.placement import missing
-from trace_rl.launch.plan import plan_checked, problems
-from trace_rl.launch.plan_cluster import at_hand, known_gpu_memory
-from trace_rl.launch.plan_text import full_text, problem_lines
+from trace_rl.launch.plan.cluster import at_hand, known_gpu_memory
+from trace_rl.launch.plan.run_plan import plan_checked, problems
+from trace_rl.launch.plan.text import full_text, problem_lines
 
 
 def show(config: RunConfig, is_checked: bool, gpu_memory_gib: float, console: Console) -> int:

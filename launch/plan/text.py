@@ -13,9 +13,9 @@ from itertools import groupby
 from trace_rl.config.run import RunConfig
 from trace_rl.launch.model_files import EMBEDDED
 from trace_rl.launch.placement import PlacementPlan, Seat
-from trace_rl.launch.plan import RunPlan
-from trace_rl.launch.plan_batch import BatchPlan, SyncPlan, prompts_in_flight
-from trace_rl.launch.plan_memory import CacheMemory, Forecast, RoleMemory
+from trace_rl.launch.plan.batch import BatchPlan, SyncPlan, prompts_in_flight
+from trace_rl.launch.plan.memory import CacheMemory, Forecast, RoleMemory
+from trace_rl.launch.plan.run_plan import RunPlan
 from trace_rl.launch.summary import describe_method
 
 PLAN_FILE = "plan.txt"

@@ -33,7 +33,7 @@ def package_files() -> dict[str, Path]:
     found = _files_below(Path(trace_rl.__path__[0]), "")
     for floor in _FLOORS:  # an editable install has them elsewhere
         found |= _files_below(Path(importlib.import_module(f"trace_rl.{floor}").__path__[0]), f"{floor}/")
-    found.pop("__init__.py", None)  # a staged copy has one, see `trace_rl.launch.staging`
+    found.pop("__init__.py", None)  # a staged copy has one, see `trace_rl.launch.job.staging`
     return dict(sorted(found.items()))
 
 

@@ -4,8 +4,8 @@ What a job is given (entry point, runtime environment, metadata) can be read by 
 the Jobs API. So nothing secret goes in: names that look like secrets are refused, and so is a configuration that holds
 the value of one. Secrets belong into the environment of the nodes, from which every role inherits them.
 
-This module must not know how a job is followed or explained (`trace_rl.launch.jobs`) or what is shipped
-(`trace_rl.launch.staging`).
+This module must not know how a job is followed or explained (`trace_rl.launch.job.jobs`) or what is shipped
+(`trace_rl.launch.job.staging`).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from rich.console import Console
 
 from trace_rl.config.run import RunConfig
 from trace_rl.errors import ConfigError
-from trace_rl.launch import jobs
-from trace_rl.launch.staging import CONFIG_NAME, stage
+from trace_rl.launch.job import jobs
+from trace_rl.launch.job.staging import CONFIG_NAME, stage
 from trace_rl.overlays import dump_config
 
 if TYPE_CHECKING:

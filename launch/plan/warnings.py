@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from trace_rl.config.run import RunConfig
 from trace_rl.launch.placement import PlacementPlan
-from trace_rl.launch.plan_batch import BatchPlan, SyncPlan
-from trace_rl.launch.plan_memory import ENGINE, Forecast
-from trace_rl.launch.plan_shapes import ModelShape
+from trace_rl.launch.plan.batch import BatchPlan, SyncPlan
+from trace_rl.launch.plan.memory import ENGINE, Forecast
+from trace_rl.launch.plan.shapes import ModelShape
 from trace_rl.policy_gradients import Clipped, Gspo
 from trace_rl.token_layout import Packed
 from trace_rl.workers import environment

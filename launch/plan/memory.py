@@ -16,8 +16,8 @@ from typing import Literal
 
 from trace_rl.config.roles import GeneratorSettings
 from trace_rl.config.run import RunConfig
-from trace_rl.launch.plan_batch import SyncPlan
-from trace_rl.launch.plan_shapes import ModelShape
+from trace_rl.launch.plan.batch import SyncPlan
+from trace_rl.launch.plan.shapes import ModelShape
 from trace_rl.token_layout import Padded
 
 REDUCE_BUCKET_VALUES = 500_000_000

@@ -2,7 +2,7 @@
 
 Decides what belongs into a plan and what a cluster lacks for it. Nothing is started and no weights are read: shapes
 come from config.json, prompts from the data, and nodes from whoever has asked for them. How it reads is decided by
-`trace_rl.launch.plan_text`.
+`trace_rl.launch.plan.text`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from trace_rl.launch.annotation_cost import Cost
 from trace_rl.launch.annotator_checks import self_annotation_tokens
 from trace_rl.launch.model_files import resolve_model
 from trace_rl.launch.placement import Node, PlacementPlan, missing, plan_placement
-from trace_rl.launch.plan_batch import BatchPlan, SyncPlan, annotation_at_most, plan_batch, plan_sync
-from trace_rl.launch.plan_memory import (
+from trace_rl.launch.plan.batch import BatchPlan, SyncPlan, annotation_at_most, plan_batch, plan_sync
+from trace_rl.launch.plan.memory import (
     ENGINE,
     CacheMemory,
     Forecast,
@@ -36,8 +36,8 @@ from trace_rl.launch.plan_memory import (
     learner_memory,
     teacher_memory,
 )
-from trace_rl.launch.plan_shapes import ModelShape, model_shape
-from trace_rl.launch.plan_warnings import Facts, warnings_of
+from trace_rl.launch.plan.shapes import ModelShape, model_shape
+from trace_rl.launch.plan.warnings import Facts, warnings_of
 from trace_rl.launch.prompt_sources import open_source
 from trace_rl.protocols import PromptSource
 from trace_rl.workers.learner import learner_spec

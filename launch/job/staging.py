@@ -20,7 +20,7 @@ from typing import Any
 
 from trace_rl.config.run import RunConfig
 from trace_rl.errors import ConfigError
-from trace_rl.launch import own_code
+from trace_rl.launch.job import own_code
 from trace_rl.overlays import dump_config
 
 CONFIG_NAME = "config.yaml"

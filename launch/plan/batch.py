@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from trace_rl.annotators import LanguageModel
 from trace_rl.config.run import RunConfig
 from trace_rl.launch.annotation_cost import Cost
-from trace_rl.launch.plan_shapes import ModelShape
+from trace_rl.launch.plan.shapes import ModelShape
 from trace_rl.packing import plan_micro_batches
 from trace_rl.routing import active_span_classes
 from trace_rl.token_layout import Layout
