@@ -18,6 +18,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_every_share_is_measured_and_what_is_left_out_is_said(tmp_path: Path) -> None:
     done = run(str(SCRIPT), "--repeats", "1", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr

@@ -27,6 +27,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PRESETS = sorted(file.stem for file in (CONFIGS / "methods").glob("*.yaml"))
+VARIANTS = {"trace_all_token", "trace_asymmetric", "trace_inverted", "trace_no_label", "trace_random"}
+"""Ablations of trace_fkl by a selector, a template or a context that has tests of its own: with the slow tests."""
 STEPS = 3
 REPEATS = 4
 SMALL = [
@@ -134,7 +136,9 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "preset", [pytest.param(name, marks=[pytest.mark.slow] if name in VARIANTS else []) for name in PRESETS]
+)
 def test_a_preset_takes_three_real_steps_and_lowers_its_loss(
     preset: str, shared: Shared, other_model: Path, tmp_path: Path
 ) -> None:
