@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from trace_rl.errors import TraceError
+from trace_rl.launch.sweep.command import app as sweep_app
 from trace_rl.workers import environment
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ Job = Annotated[str, typer.Argument(metavar="JOB", help="The job's id, as submit
 
 jobs_app = typer.Typer(help="Jobs of a Ray cluster: what became of them, what they print, how to end them.")
 app.add_typer(jobs_app, name="jobs", no_args_is_help=True)
+app.add_typer(sweep_app, name="sweep")
 
 
 @app.command()
@@ -206,6 +208,75 @@ def annotate(
         _fail(error)
     except KeyboardInterrupt:
         _fail("interrupted; answers that models have given are stored, and are not asked for again")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
+    group: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PREFIX", help="Runs whose names begin so are one; else those that differ in seed only."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where the page is written.")] = Path("report.html"),
+) -> None:
+    """Write one page on what runs have done: trace-rl report runs/trace-* runs/grpo-*"""
+    try:
+        from trace_rl.launch.pages.report import write_report
+
+        typer.echo(f"{write_report(runs, group or [], out)} shows {len(runs)} runs; open it in a browser")
+    except TraceError as error:
+        _fail(error)
+
+
+@app.command()
+def view(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN2]", help="Folders of runs that keep rollouts.")],
+    step: Annotated[
+        list[int] | None,
+        typer.Option(help="Steps to show; else the first and last of one run, the last of each of two."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where the page is written.")] = Path("view.html"),
+) -> None:
+    """Write one page on what was done with each token: trace-rl view runs/demo --step 0 --step 90"""
+    environment.apply()  # before transformers is imported
+    try:
+        from trace_rl.launch.pages.view import write_view
+
+        typer.echo(f"{write_view(runs, step or [], out)} is written; open it in a browser")
+    except TraceError as error:
+        _fail(error)
+
+
+@app.command("eval")
+def evaluate(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CHECKPOINT_OR_RUN... [FILE.yaml]... [KEY=VALUE]...",
+            help="Checkpoint folders, run folders or hub names; YAML files and dotted overrides of the evaluation.",
+        ),
+    ],
+    sets: Annotated[
+        str, typer.Option(metavar="SET,...", help="AIME25, AIME25=aime25.jsonl, mine.jsonl, reasoning_gym:gcd, ...")
+    ] = "",
+    step: Annotated[int, typer.Option(min=-1, help="Of run folders; 0: the start, -1: the newest checkpoint.")] = -1,
+) -> None:
+    """Evaluate checkpoints on sets of problems: trace-rl eval runs/demo --sets arithmetic,arithmetic-longer"""
+    console = Console()
+    try:
+        environment.apply()
+        from trace_rl.launch.evaluate.arguments import read_arguments
+
+        config, checkpoints = read_arguments(arguments, sets)
+        if config.placement.ray_address == "local":
+            environment.protect_private_ray()
+        from trace_rl.launch.evaluate.command import evaluate as run
+
+        run(config, checkpoints, step, console)
+    except TraceError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        _fail("interrupted; samples that are finished are stored, and the same command goes on")
 
 
 def split_arguments(arguments: list[str]) -> tuple[list[Path], list[str]]:

@@ -16,8 +16,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
-from trace_rl.config.run import RunConfig
+from trace_rl.config.placement import Placement
 from trace_rl.errors import WorkerError, first_line
 from trace_rl.launch.ending import end_ray
 from trace_rl.workers import worker_logs
@@ -30,8 +31,18 @@ _ONE_TRY = ("RAY_gcs_server_port_wait_time_s", "1")
 """Left alone, a driver tries twenty times to reach the head node, for half a minute each."""
 
 
+class Asks(Protocol):
+    """The part of a configuration that says which Ray is wanted."""
+
+    @property
+    def placement(self) -> Placement: ...
+
+    @property
+    def cpus_for_roles(self) -> int: ...
+
+
 @contextmanager
-def ray_session(config: RunConfig, log_folder: Path) -> Iterator[None]:
+def ray_session(config: Asks, log_folder: Path) -> Iterator[None]:
     """Start or join Ray for the time of the block.
 
     Raises:
@@ -73,7 +84,7 @@ def _check_listening(address: str) -> None:
 
 
 @contextmanager
-def _private_ray(config: RunConfig, log_folder: Path) -> Iterator[None]:
+def _private_ray(config: Asks, log_folder: Path) -> Iterator[None]:
     import ray
 
     folder = Path(tempfile.mkdtemp(prefix="trace-rl-"))  # not in the run folder: socket paths must stay short

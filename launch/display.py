@@ -74,6 +74,9 @@ class Display:
             f"truncated {metrics['heldout/truncated_frac']:.1%}",
             style="not bold",
         )
+        for name, value in metrics.items():
+            if name.startswith("eval/") and name.endswith("/pass_at_1"):
+                line.append(f", {name.split('/')[1]} {value:.1%}")
         self._print(line)
 
     def _print(self, line: str | Text) -> None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from trace_rl.batch import RoutedRollout, TrainingBatch
+from trace_rl.batch import RoutedRollout, TokenFigures, TrainingBatch
 from trace_rl.config.roles import Logging
 from trace_rl.launch.display import Display
 from trace_rl.launch.rollout_dump import record_of
@@ -73,14 +73,22 @@ class RunJournal:
         self._write(step, record)
         self._display.evaluation(step, record)
 
-    def log_rollouts(self, step: int, routed: Sequence[RoutedRollout], batch: TrainingBatch) -> None:
-        every = self._settings.rollouts_every
-        if not every or step % every:
+    def log_rollouts(
+        self,
+        step: int,
+        routed: Sequence[RoutedRollout],
+        batch: TrainingBatch,
+        figures: Sequence[TokenFigures] = (),
+    ) -> None:
+        num_stored = self._settings.num_rollouts_at(step)
+        if not num_stored:
             return
+        measured = {item.key: item for item in figures}
         self._folder.rollouts.mkdir(exist_ok=True)
         with (self._folder.rollouts / f"step-{step:06d}.jsonl").open("w", encoding="utf-8") as file:
-            for item, sequence in list(zip(routed, batch.sequences, strict=True))[: self._settings.rollouts_per_step]:
-                file.write(json.dumps(record_of(item, sequence), ensure_ascii=False) + "\n")
+            for item, sequence in list(zip(routed, batch.sequences, strict=True))[:num_stored]:
+                record = record_of(item, sequence, measured.get(item.key))
+                file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
 
     def close(self) -> None:
         for tracker in self._trackers:

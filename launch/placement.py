@@ -16,7 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from trace_rl.annotators import Frozen, SelfAnnotation, Static
-from trace_rl.config.placement import Resources
+from trace_rl.config.placement import Placement, Resources
+from trace_rl.config.roles import GeneratorSettings
 from trace_rl.config.run import RunConfig
 
 REWARDER, ANNOTATOR, TEACHER = "the rewarder", "the annotator", "the teacher"
@@ -125,6 +126,15 @@ def plan_annotation(config: RunConfig) -> PlacementPlan:
         workers = config.generator.tensor_parallel
         draft.seat(ENGINE_OF_POLICY, "generator", config.placement.generator, workers=workers)
     return draft.plan(config.placement.strategy)
+
+
+def plan_evaluation(generator: GeneratorSettings, placement: Placement) -> PlacementPlan:
+    """The layout of an evaluation of checkpoints, without a run."""
+    draft = _Draft()
+    for index in range(generator.num_engines):
+        draft.seat(engine_role(index), "generator", placement.generator, workers=generator.tensor_parallel)
+    draft.seat(REWARDER, "rewarder", placement.rewarder)
+    return draft.plan(placement.strategy)
 
 
 def missing(plan: PlacementPlan, nodes: Sequence[Node]) -> list[str]:

@@ -18,7 +18,7 @@ from trace_rl.contexts import Context, extra_response_pieces
 from trace_rl.errors import ConfigError, DataError, ModelError
 from trace_rl.launch.annotator_checks import check_annotator, self_annotation_tokens
 from trace_rl.launch.model_files import load_tokenizer, max_positions, resolve_model
-from trace_rl.launch.prompt_sources import annotation_types, error_rule, open_source, peek
+from trace_rl.launch.prompt_sources import annotation_types, error_rule, open_evaluation_sets, open_source, peek
 from trace_rl.launch.trackers import check_installed
 from trace_rl.prompts import PromptEncoder, check_pair
 from trace_rl.protocols import ErrorRule, PromptSource
@@ -40,6 +40,8 @@ class Ready:
     """With model.path resolved to a folder or a hub name."""
     tokenizer: PreTrainedTokenizerBase
     prompts: PromptSource
+    evaluation_sets: Mapping[str, Sequence[Prompt]]
+    """Those of evaluation.sets."""
     encoder: PromptEncoder
     rule: ErrorRule
     annotation_types: Mapping[SpanClass, Mapping[str, str]]
@@ -90,7 +92,9 @@ def check(config: RunConfig) -> Ready:
         )
     training = _known_prompts(prompts) or first
     _check_prompts(config, encoder, training)
-    _check_prompts(config, evaluated, heldout)
+    sets = open_evaluation_sets(config, _known_prompts(prompts))
+    for evaluation_set in (heldout, *sets.values()):
+        _check_prompts(config, evaluated, evaluation_set)
     longest_teacher = _longest_teacher_prompt(config, encoder, training)
     _check_positions(
         config.model, max(config.max_sequence_tokens, longest_teacher + config.sampling.max_response_tokens)
@@ -100,7 +104,7 @@ def check(config: RunConfig) -> Ready:
     vocab_size = vocabulary_size(config.model) if config.needs_teacher else 0
     canaries = tuple(encoder.student_ids(prompt) for prompt in (heldout or first)[:_NUM_CANARIES])
     max_model_len = max(config.max_sequence_tokens, self_annotation_tokens(config))
-    return Ready(config, tokenizer, prompts, encoder, rule, types, vocab_size, max_model_len, canaries)
+    return Ready(config, tokenizer, prompts, sets, encoder, rule, types, vocab_size, max_model_len, canaries)
 
 
 def _resolved_teacher(teacher: Teacher) -> Teacher:

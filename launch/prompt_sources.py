@@ -33,17 +33,38 @@ def open_source(config: RunConfig) -> PromptSource:
         train, heldout = split_heldout(prompts, data.heldout_rows)
     else:
         train, heldout = prompts, to_prompts(_rows(data.heldout_path, data.split), data.question_suffix)
-        _refuse_overlap(train, heldout)
+        _refuse_overlap(train, heldout, "data.heldout_path", "leave data.heldout_path out to have rows set aside")
     return RowSource(train, heldout, config.run.seed)
 
 
-def _refuse_overlap(train: Sequence[Prompt], heldout: Sequence[Prompt]) -> None:
+def open_evaluation_sets(config: RunConfig, train: Sequence[Prompt]) -> dict[str, list[Prompt]]:
+    """The prompts of evaluation.sets by name, at most evaluation.num_prompts of each.
+
+    Args:
+        train: known training prompts, none of which may be among them.
+
+    Raises:
+        DataError: as for `open_source`.
+    """
+    data, most = config.data, config.evaluation.num_prompts
+    opened: dict[str, list[Prompt]] = {}
+    for name, settings in config.evaluation.sets.items():
+        if settings.task is not None:
+            prompts = ArithmeticSource(settings.task, config.run.seed).heldout(most)
+        else:
+            prompts = to_prompts(_rows(str(settings.path), data.split), data.question_suffix)[:most]
+            _refuse_overlap(train, prompts, f"evaluation.sets.{name}.path", f"leave the set {name} out")
+        opened[name] = prompts
+    return opened
+
+
+def _refuse_overlap(train: Sequence[Prompt], heldout: Sequence[Prompt], setting: str, way_out: str) -> None:
     questions = {prompt.question for prompt in train}
     shared = [prompt.prompt_id for prompt in heldout if prompt.question in questions]
     if shared:
         raise DataError(
-            f"{len(shared)} of {len(heldout)} questions in data.heldout_path are training questions too (first: "
-            f"{shared[0]}); remove them from one of the two, or leave data.heldout_path out to have rows set aside"
+            f"{len(shared)} of {len(heldout)} questions in {setting} are training questions too (first: {shared[0]}); "
+            f"remove them from one of the two, or {way_out}"
         )
 
 

@@ -69,6 +69,7 @@ def start_roles(ready: Ready, folder: RunFolder, journal: RunJournal) -> tuple[R
         utilisation=IdleShares(idle),
         journal=journal,
         checkpoints=checkpoints,
+        evaluation_sets=ready.evaluation_sets,
     )
     return roles, checkpoints
 

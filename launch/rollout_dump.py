@@ -12,18 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from trace_rl.batch import (
+    Candidates,
     FinishReason,
     GradeCause,
     GradedRollout,
     Prompt,
     Rollout,
     RoutedRollout,
+    RouteFigures,
     Span,
     SpanClass,
+    TokenFigures,
     TrainingSequence,
 )
 from trace_rl.errors import DataError
@@ -106,8 +109,12 @@ class _Record(BaseModel):
         return DumpedRollout(GradedRollout(rollout, self.reward, self.grade_cause, self.feedback), spans)
 
 
-def record_of(item: RoutedRollout, sequence: TrainingSequence) -> dict[str, Any]:
-    """One rollout as the dump keeps it: what was written, what it earned, and what was done with each token."""
+def record_of(item: RoutedRollout, sequence: TrainingSequence, figures: TokenFigures | None = None) -> dict[str, Any]:
+    """One rollout as the dump keeps it: what was written, what it earned, and what was done with each token.
+
+    Log-probs, entropies and divergences are in nats; null stands for what is not known, and lists that were not
+    measured are left out.
+    """
     graded = item.member.graded
     rollout = graded.rollout
     return {
@@ -139,11 +146,57 @@ def record_of(item: RoutedRollout, sequence: TrainingSequence) -> dict[str, Any]
         ],
         "token_advantages": sequence.advantages.tolist(),
         "pg_weight": sequence.pg_weight.tolist(),
+        "rollout_logprobs": _numbers(sequence.rollout_logprobs),
+        **_token_figures(figures),
         "routes": [
-            {"route": tokens.route, "weight": tokens.weight, "positions": tokens.positions.tolist()}
+            {
+                "route": tokens.route,
+                "weight": tokens.weight,
+                "positions": tokens.positions.tolist(),
+                "token_weights": _numbers(sequence.route_weight[sequence.route_index == tokens.route]),
+                **_route_figures(figures, tokens.route),
+            }
             for tokens in item.routed
         ],
     }
+
+
+def _token_figures(figures: TokenFigures | None) -> dict[str, Any]:
+    if figures is None:
+        return {}
+    return {
+        "policy_logprobs": _numbers(figures.policy_logprobs),
+        "policy_entropy": _numbers(figures.policy_entropy),
+    }
+
+
+def _route_figures(figures: TokenFigures | None, route: int) -> dict[str, Any]:
+    """Of the tokens of a route, in the order of their positions."""
+    found: Sequence[RouteFigures] = () if figures is None else figures.routes
+    return {
+        name: value
+        for item in found
+        if item.statistics.route == route
+        for name, value in (
+            ("divergence", _numbers(item.statistics.divergence)),
+            ("policy_logprobs", _numbers(item.statistics.policy_logprobs)),
+            ("teacher_logprobs", _numbers(item.statistics.teacher_logprobs)),
+            ("policy_candidates", _candidates(item.policy)),
+            ("teacher_candidates", _candidates(item.teacher)),
+        )
+    }
+
+
+def _candidates(candidates: Candidates) -> list[list[tuple[int, float | None]]]:
+    return [
+        list(zip(ids.tolist(), _numbers(logprobs), strict=True))
+        for ids, logprobs in zip(candidates.token_ids, candidates.logprobs, strict=True)
+    ]
+
+
+def _numbers(values: Float[np.ndarray, " row"]) -> list[float | None]:
+    """With the digits that a float16 has and some more: they are looked at, not computed with."""
+    return [float(f"{value:.5g}") if np.isfinite(value) else None for value in values.tolist()]
 
 
 def _version_runs(versions: Int[np.ndarray, " time"]) -> list[list[int]]:

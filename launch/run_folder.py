@@ -83,21 +83,28 @@ def open_run_folder(config: RunConfig) -> RunFolder:
 def write_config(folder: RunFolder, config: RunConfig) -> None:
     """Write the resolved configuration; name what differs from the run that is resumed."""
     text = dump_config(config)
-    if folder.config.exists():
-        before, now = (_settings(yaml.safe_load(each)) for each in (folder.config.read_text(encoding="utf-8"), text))
-        changed = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
-        if changed:
-            listed = "; ".join(f"{name} = {now.get(name)} (was {before.get(name)})" for name in changed)
-            logger.warning("resuming with changed settings: %s", listed)
+    changed = changed_settings(folder, config)
+    if changed:
+        logger.warning("resuming with changed settings: %s", changed)
     folder.config.write_text(text, encoding="utf-8")
 
 
-def _settings(tree: Any, prefix: str = "") -> dict[str, Any]:
+def changed_settings(folder: RunFolder, config: RunConfig) -> str:
+    """What differs from the run in the folder, as `name = now (was before)`; empty where nothing does or no run is."""
+    if not folder.config.exists():
+        return ""
+    texts = folder.config.read_text(encoding="utf-8"), dump_config(config)
+    before, now = (dotted_settings(yaml.safe_load(each)) for each in texts)
+    changed = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
+    return "; ".join(f"{name} = {now.get(name)} (was {before.get(name)})" for name in changed)
+
+
+def dotted_settings(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted key -> value; lists and empty mappings are values."""
     if not isinstance(tree, dict) or not tree:
         return {prefix: tree} if prefix else {}
     named = ((f"{prefix}.{key}" if prefix else str(key), value) for key, value in tree.items())
-    return {key: value for name, below in named for key, value in _settings(below, name).items()}
+    return {key: value for name, below in named for key, value in dotted_settings(below, name).items()}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from trace_rl.overlays import dump_config, load_config
 from trace_rl.row_actions import Fkl, Rkl
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-FILES = sorted(CONFIGS.rglob("*.yaml"))
+FILES = sorted(file for file in CONFIGS.rglob("*.yaml") if file.parent.name != "sweeps")
+"""Those of runs; a sweep has a schema of its own."""
 OWN_MODEL_AND_DATA = ("model.path=some/model", "data.path=some.jsonl")
 
 

@@ -52,6 +52,13 @@ def test_an_evaluation_says_what_it_measured() -> None:
     )
 
 
+def test_further_sets_stand_behind_the_held_out_ones() -> None:
+    console, file = shown()
+    with Display(console, num_steps=60) as display:
+        display.evaluation(20, {**HELDOUT, "eval/longer/pass_at_1": 0.25, "eval/longer/samples": 512.0})
+    assert file.getvalue().endswith("truncated 1.5%, longer 25.0%\n")
+
+
 def test_notes_are_shown_as_they_are() -> None:
     # a path or message with brackets is text, not markup
     console, file = shown()

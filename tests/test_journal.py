@@ -196,7 +196,8 @@ def test_stored_rollouts_show_what_was_routed(tmp_path: Path) -> None:
         "spans": [{"start": 1, "end": 3, "class": "key", "type": "arith", "importance": 1.0}],
         "pg_weight": [1.0, 0.25, 0.25],
         "token_advantages": [0.5, 0.5, 0.75],
-        "routes": [{"route": 0, "weight": 0.375, "positions": [1, 2]}],
+        "rollout_logprobs": [],
+        "routes": [{"route": 0, "weight": 0.375, "positions": [1, 2], "token_weights": []}],
     }
 
 

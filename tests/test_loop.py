@@ -184,7 +184,7 @@ class Unmeasured:
 
 class Journal:
     def __init__(self):
-        self.steps, self.evaluations, self.rollouts = {}, {}, {}
+        self.steps, self.evaluations, self.rollouts, self.figures = {}, {}, {}, {}
 
     @contextmanager
     def stage(self, name) -> Iterator[None]:
@@ -196,9 +196,9 @@ class Journal:
     def log_evaluation(self, step, metrics):
         self.evaluations[step] = metrics
 
-    def log_rollouts(self, step, routed, batch):
+    def log_rollouts(self, step, routed, batch, figures):
         assert [item.key for item in routed] == [sequence.key for sequence in batch.sequences]
-        self.rollouts[step] = routed
+        self.rollouts[step], self.figures[step] = routed, figures
 
 
 class Checkpoints:
@@ -502,6 +502,32 @@ def test_steps_are_measured_every_few_and_the_exposure_adds_up():
     assert [roles.journal.steps[step]["exposure/lambda_sq_sum"] for step in range(5)] == [1.0, 2.0, 3.0, 4.0, 5.0]
 
 
+class Inspecting(Learner):
+    """Tells of each sequence how many batches it had been trained on."""
+
+    def inspect(self, batch):
+        return [(sequence.key, len(self.batches)) for sequence in batch.sequences]
+
+
+def test_figures_are_of_the_stored_rollouts_before_they_are_trained_on():
+    logging = {"rollouts_every": 2, "rollouts_per_step": 3, "token_figures": "measured"}
+    config = configured(steps=4, logging=logging)
+    learner = Inspecting()
+    roles = make_roles(config)
+    roles = replace(roles, learner=learner, weight_sync=Sync(learner, roles.generator))
+    train(config, roles)
+    for step in range(4):
+        stored = [] if step % 2 else [(item.key, step) for item in roles.journal.rollouts[step][:3]]
+        assert list(roles.journal.figures[step]) == stored
+
+
+def test_nothing_is_measured_where_known_figures_will_do():
+    config = configured(steps=1, logging={"rollouts_every": 1})
+    roles = make_roles(config)
+    train(config, roles)  # this learner cannot be inspected
+    assert list(roles.journal.figures[0]) == []
+
+
 def test_a_step_of_masked_completions_is_skipped_and_the_run_goes_on():
     class Endless(Engine):
         def generate(self, requests, decoding):
@@ -570,3 +596,27 @@ def test_a_resumed_run_remembers_its_start(monkeypatch, caplog):
     history = [{"step": 0, "heldout/pass_at_1": 1.0}, {"step": 0, **start}]
     with pytest.raises(TrainingError, match=r"100\.0 ->"):
         collapse(collapsing("stop"), monkeypatch, history, start_step=1)
+
+
+def test_a_further_set_is_evaluated_at_the_same_steps_under_its_own_name():
+    config = configured(steps=5)
+    roles = make_roles(config)
+    plain = make_roles(config)
+    train(config, plain)
+    train(config, replace(roles, evaluation_sets={"harder": roles.prompts.heldout(3)}))
+    assert list(roles.journal.evaluations) == [0, 4, 5]
+    for step, metrics in roles.journal.evaluations.items():
+        assert {name: metrics[name] for name in plain.journal.evaluations[step]} == plain.journal.evaluations[step]
+        assert metrics["eval/harder/samples"] == 3
+        assert 0 <= metrics["eval/harder/pass_at_1"] <= 1
+        assert metrics["eval/harder/length_mean_tokens"] == 1
+
+
+def test_a_run_of_no_steps_evaluates_the_model_as_it_is():
+    config = configured(steps=0)
+    roles = make_roles(config)
+    before = roles.learner.weights.copy()
+    train(config, roles)
+    assert list(roles.journal.evaluations) == [0]
+    assert roles.journal.steps == {}
+    assert (roles.learner.weights == before).all()

@@ -167,7 +167,7 @@ def test_values_with_an_equals_sign_stay_whole(write: Write) -> None:
         ("runn: {steps: 3}\n", (), "1.yaml:1: unknown key runn; did you mean 'run'?"),
         ("", ("run.stepz=3",), "override run.stepz: unknown key run.stepz; did you mean 'steps'?"),
         ("\nrun:\n\n  steps: many\n", (), "1.yaml:4: run.steps is 'many'; input should be a valid integer"),
-        ("run: {steps: 0}\n", (), "1.yaml:1: run.steps is 0; input should be greater than or equal to 1"),
+        ("run: {steps: -1}\n", (), "1.yaml:1: run.steps is -1; input should be greater than or equal to 0"),
         ("run: 3\n", (), "1.yaml:1: run is 3; input should be"),
         ("run:\n  steps: 1\n  seed: 1\n  steps: 2\n", (), "1.yaml:4: key 'steps' was given at line 2 already"),
         ("a: [\n", (), "1.yaml:2: not valid YAML"),

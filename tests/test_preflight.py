@@ -130,6 +130,24 @@ def test_held_out_questions_must_not_be_trained_on(configure: Configure, tmp_pat
     assert message.startswith("1 of 2 questions in data.heldout_path are training questions too (first: copy)")
 
 
+def test_further_sets_are_read_and_checked_like_held_out_rows(configure: Configure, tmp_path: Path) -> None:
+    file = tmp_path / "set.jsonl"
+    sets = {"harder": {"path": str(file)}, "sums": {"task": {"min_steps": 7, "max_steps": 7}}}
+    evaluation = {"sets": sets, "num_prompts": 2}
+    file.write_text("".join(f'{{"question": "new {index}", "answer": 1}}\n' for index in range(3)))
+    roomy = {"max_prompt_tokens": 400}
+    found = check(configure(evaluation=evaluation, sampling=roomy)).evaluation_sets
+    assert [prompt.question for prompt in found["harder"]] == ["new 0", "new 1"]
+    assert [prompt.metadata["num_steps"] for prompt in found["sums"]] == ["7", "7"]
+    assert "has 1" in refusal(configure(evaluation=evaluation), DataError)  # the sums are longer than 60 tokens
+    evaluation = {"sets": {"harder": sets["harder"]}}
+    file.write_text('{"id": "copy", "question": "3 + 1?", "answer": 4}\n')
+    message = refusal(configure(evaluation=evaluation), DataError)
+    assert message.startswith(
+        "1 of 1 questions in evaluation.sets.harder.path are training questions too (first: copy)"
+    )
+
+
 def test_evaluations_need_held_out_rows(configure: Configure) -> None:
     message = refusal(configure(data={"heldout_rows": 0}), DataError)
     assert "no held-out rows; set data.heldout_rows or data.heldout_path, or evaluation.every=0" in message

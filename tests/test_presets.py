@@ -51,8 +51,8 @@ class Recording(RunJournal):
         super().__init__(*args)
         self.batches: list[TrainingBatch] = []
 
-    def log_rollouts(self, step: int, routed: Sequence[RoutedRollout], batch: TrainingBatch) -> None:
-        super().log_rollouts(step, routed, batch)
+    def log_rollouts(self, step: int, routed: Sequence[RoutedRollout], batch: TrainingBatch, *figures: Any) -> None:
+        super().log_rollouts(step, routed, batch, *figures)
         self.batches.append(batch)
 
 

@@ -286,10 +286,16 @@ class SelfAnnotation(LanguageModel):
     limits: Limits = Limits(concurrency=16)
 
 
+class AnnotatorEngine(GeneratorSettings):
+    """An engine of an annotator, which gets fewer requests at once than one that samples."""
+
+    max_concurrent_sequences: int = Field(64, ge=1)
+
+
 class _Local(LanguageModel):
     """A model on an engine of its own (placement.annotator_engine)."""
 
-    engine: GeneratorSettings = GeneratorSettings(max_concurrent_sequences=64)
+    engine: AnnotatorEngine = AnnotatorEngine()
     """Of this engine; on a GPU that it shares, gpu_memory_frac leaves room for the others. num_engines is not read."""
 
 

@@ -263,6 +263,37 @@ class TokenStatistics:
 
 
 @dataclass(frozen=True)
+class Candidates:
+    """The most likely tokens at some positions, the likeliest first; no rows where there is no such distribution."""
+
+    token_ids: Int[np.ndarray, "row candidate"]
+    logprobs: Float[np.ndarray, "row candidate"]
+    """At the route's temperature."""
+
+
+@dataclass(frozen=True)
+class RouteFigures:
+    """What can be shown of one rollout's tokens of one route, in the order of their positions."""
+
+    statistics: TokenStatistics
+    policy: Candidates
+    teacher: Candidates
+
+
+@dataclass(frozen=True)
+class TokenFigures:
+    """What the learner's policy and the teacher say of one rollout's tokens: measured for people, not trained on."""
+
+    key: RolloutKey
+    policy_logprobs: Float[np.ndarray, " time"]
+    """Of the sampled tokens at the sampling temperature."""
+    policy_entropy: Float[np.ndarray, " time"]
+    """In nats, at the sampling temperature."""
+    routes: tuple[RouteFigures, ...]
+    """Of the routes that add a term to the loss of this rollout."""
+
+
+@dataclass(frozen=True)
 class TrainingSequence:
     """What the learner needs of one rollout; all weights already carry the global denominators."""
 

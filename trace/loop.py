@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from trace_rl.batch import GradedRollout, RoutedRollout, TrainingBatch
+from trace_rl.batch import GradedRollout, Prompt, RoutedRollout, TokenFigures, TrainingBatch
 from trace_rl.collapse import CollapseDetector
 from trace_rl.config.run import RunConfig
 from trace_rl.diagnostics import Exposure, measured_step
@@ -68,6 +68,8 @@ class Roles:
     utilisation: Utilisation
     journal: Journal
     checkpoints: Checkpoints
+    evaluation_sets: Mapping[str, Sequence[Prompt]] = field(default_factory=dict)
+    """Name -> questions that are evaluated beside the held-out ones, as eval/NAME."""
 
 
 def train(
@@ -118,11 +120,12 @@ def _step(config: RunConfig, roles: Roles, supply: RolloutSupply, step: int) -> 
         evidence, teacher_cost = _ask_teacher(config, roles, candidates, step)
     with journal.stage("learner"):
         routed, batch = _rank_and_weigh(config, roles, candidates, evidence, step)
+        figures = _inspected(config, roles, batch)
         learner_metrics = _train_on(config, roles, batch)
     with journal.stage("sync"):
         supply.settle()
         sync_metrics = roles.weight_sync.sync(step + 1)
-    journal.log_rollouts(step, routed, batch)
+    journal.log_rollouts(step, routed, batch, figures)
     return {
         **rollout_metrics(taken.sampled, len(routed)),
         **staleness_metrics(batch, config.scheduling.max_staleness),
@@ -168,6 +171,14 @@ def _rank_and_weigh(
     return routed, training_batch(routed, scored, evidence, config, step)
 
 
+def _inspected(config: RunConfig, roles: Roles, batch: TrainingBatch) -> Sequence[TokenFigures]:
+    """What can be shown of the rollouts that are stored at this step, under the weights that wrote them."""
+    stored = batch.sequences[: config.logging.num_rollouts_at(batch.step)]
+    if not stored or config.logging.token_figures == "known":
+        return ()
+    return roles.learner.inspect(TrainingBatch(batch.step, stored))
+
+
 def _train_on(config: RunConfig, roles: Roles, batch: TrainingBatch) -> Metrics:
     """One learner step; none where every completion was masked."""
     every = config.logging.diagnostics_every
@@ -197,10 +208,16 @@ def _evaluate_if_due(config: RunConfig, roles: Roles, detector: CollapseDetector
 
 def evaluate(config: RunConfig, roles: Roles) -> Metrics:
     """Sample held-out prompts with the generator's present weights; seeds are the same at every evaluation."""
+    metrics = _evaluate_on(config, roles, roles.prompts.heldout(config.evaluation.num_prompts), "heldout")
+    for name, prompts in roles.evaluation_sets.items():
+        metrics |= _evaluate_on(config, roles, prompts, f"eval/{name}")
+    return metrics
+
+
+def _evaluate_on(config: RunConfig, roles: Roles, prompts: Sequence[Prompt], area: str) -> dict[str, float]:
     settings = config.evaluation
-    prompts = roles.prompts.heldout(settings.num_prompts)
     encoder = roles.encoder.with_template_kwargs(settings.chat_template_kwargs)
-    requests = encoder.requests(prompts, settings.samples_per_prompt, config.run.seed, "heldout")
+    requests = encoder.requests(prompts, settings.samples_per_prompt, config.run.seed, area)
     decoding = Decoding(settings.temperature, goes_first=True)
     graded = list(roles.grader.grade(roles.generator.generate(requests, decoding)))
     versions = sorted({v for item in graded for v in (item.rollout.oldest_version, item.rollout.newest_version)})
@@ -209,16 +226,16 @@ def evaluate(config: RunConfig, roles: Roles) -> Metrics:
             f"the completions of an evaluation were written by weights of versions {versions}, expected one; the "
             "engines are not in step, stop the run and look at their logs"
         )
-    return evaluation_metrics(graded)
+    return {f"{area}/{name}": value for name, value in evaluation_metrics(graded).items()}
 
 
-def evaluation_metrics(graded: Sequence[GradedRollout]) -> Metrics:
+def evaluation_metrics(graded: Sequence[GradedRollout]) -> dict[str, float]:
     """pass@1 (mean reward over all samples), length and truncation."""
     count = len(graded)
     return {
-        "heldout/pass_at_1": sum(item.reward for item in graded) / count,
-        "heldout/samples": float(count),
-        "heldout/length_mean_tokens": sum(len(item.rollout.token_ids) for item in graded) / count,
-        "heldout/truncated_frac": sum(item.rollout.finish_reason == "length" for item in graded) / count,
-        "heldout/grading_failures": float(sum(item.cause in ("timeout", "error") for item in graded)),
+        "pass_at_1": sum(item.reward for item in graded) / count,
+        "samples": float(count),
+        "length_mean_tokens": sum(len(item.rollout.token_ids) for item in graded) / count,
+        "truncated_frac": sum(item.rollout.finish_reason == "length" for item in graded) / count,
+        "grading_failures": float(sum(item.cause in ("timeout", "error") for item in graded)),
     }

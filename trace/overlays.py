@@ -1,5 +1,7 @@
 """YAML files, `extends`, overlays and dotted overrides -> one RunConfig, or one clear sentence.
 
+Other files with a schema of their own (a sweep's) are read by the same rules for keys and lines, without `extends`.
+
 Rules: files are merged left to right; mappings merge key by key, everything else (lists too) is replaced;
 `!replace {...}` replaces a mapping as a whole, `{}` empties it; `null` goes back to the default. A file may name the
 files it builds on under `extends` (paths beside it). Dotted overrides `a.b=value` come last; the value is read as YAML.
@@ -10,10 +12,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -23,6 +25,9 @@ from trace_rl.config.run import RunConfig
 from trace_rl.errors import ConfigError
 
 Path_ = tuple[str, ...]
+PlaceOf = Callable[[Mapping[str, Any], str], str]
+"""Where a key of a mapping was given."""
+Schema = TypeVar("Schema", bound=BaseModel)
 
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 
@@ -33,6 +38,69 @@ class Layers:
 
     tree: dict[str, Any] = field(default_factory=dict)
     places: dict[Path_, str] = field(default_factory=dict)
+    schema: type[BaseModel] = RunConfig
+
+    def add_file(self, file: Path) -> None:
+        """Lay a file, and before it what it extends, over what is there."""
+        _add_file(self, file, ())
+
+    def add_override(self, override: str) -> None:
+        """Lay one `a.b=value` over what is there."""
+        _add_override(self, override)
+
+    def add_setting(self, dotted: str, value: Any, place_of: PlaceOf) -> None:
+        """Lay one setting, whose value is read already, over what is there."""
+        _add_setting(self, dotted, value, place_of)
+
+    def run_config(self) -> RunConfig:
+        """What the layers say together.
+
+        Raises:
+            ConfigError: with one line per problem: place, what was found, what was expected, a suggestion.
+        """
+        _import_plugins(self)
+        return _validated(RunConfig, self)
+
+
+@dataclass(frozen=True)
+class Document:
+    """One file with a schema of its own, and where its keys stand."""
+
+    file: Path
+    tree: dict[str, Any]
+    lines: Mapping[int, Mapping[str, int]]
+    """Of the mappings of the tree by `id`: key -> line."""
+
+    def places(self) -> dict[Path_, str]:
+        """FILE:LINE of every key that is not below a list."""
+        found: dict[Path_, str] = {}
+        self._collect(self.tree, (), found)
+        return found
+
+    def validated(self, schema: type[Schema]) -> Schema:
+        """The file as its schema reads it.
+
+        Raises:
+            ConfigError: with one line per problem, each with its place.
+        """
+        return _validated(schema, Layers(self.tree, self.places(), schema))
+
+    def _collect(self, mapping: Mapping[str, Any], path: Path_, found: dict[Path_, str]) -> None:
+        for key, value in mapping.items():
+            here = (*path, str(key))
+            found[here] = f"{self.file}:{self.lines.get(id(mapping), {}).get(str(key), '?')}"
+            if isinstance(value, dict):
+                self._collect(value, here, found)
+
+
+def read_document(file: Path) -> Document:
+    """Read a file that is no part of a run's configuration.
+
+    Raises:
+        ConfigError: it cannot be read, is not YAML, or has a key twice; names the line.
+    """
+    file = file.resolve()
+    return Document(file, *_read(file, ()))
 
 
 class _Replace(dict[str, Any]):
@@ -90,19 +158,36 @@ def load_config(files: Sequence[Path], overrides: Iterable[str] = ()) -> RunConf
     """
     layers = Layers()
     for file in files:
-        _add_file(layers, file, ())
+        layers.add_file(file)
     for override in overrides:
-        _add_override(layers, override)
-    _import_plugins(layers)
-    try:
-        return RunConfig.model_validate(layers.tree)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(problem, layers) for problem in error.errors())) from None
+        layers.add_override(override)
+    return layers.run_config()
+
+
+def load_as(schema: type[Schema], files: Sequence[Path], overrides: Iterable[str] = ()) -> Schema:
+    """As `load_config`, for a configuration that is no run's and knows no plugins.
+
+    Raises:
+        ConfigError: with one line per problem: place, what was found, what was expected, a suggestion.
+    """
+    layers = Layers(schema=schema)
+    for file in files:
+        layers.add_file(file)
+    for override in overrides:
+        layers.add_override(override)
+    return _validated(schema, layers)
 
 
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML that `load_config` reads back to an equal RunConfig."""
     return yaml.safe_dump(config.model_dump(mode="json", serialize_as_any=True), sort_keys=False, allow_unicode=True)
+
+
+def _validated(schema: type[Schema], layers: Layers) -> Schema:
+    try:
+        return schema.model_validate(layers.tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(problem, layers) for problem in error.errors())) from None
 
 
 def _import_plugins(layers: Layers) -> None:
@@ -169,14 +254,19 @@ def _add_override(layers: Layers, override: str) -> None:
         value = yaml.safe_load(text) if text else None
     except yaml.YAMLError:
         value = text
-    tree: dict[str, Any] = {keys[-1]: value}
-    for key in reversed(keys[:-1]):
-        tree = {key: tree}
     # the place is the key alone: a value may be a secret that was given where none belongs
-    _merge(layers, layers.tree, tree, (), lambda mapping, key: f"override {dotted.strip()}")
+    _add_setting(layers, dotted.strip(), value, lambda mapping, key: f"override {dotted.strip()}")
 
 
-def _merge(layers: Layers, into: dict[str, Any], tree: Mapping[str, Any], path: Path_, place_of: Any) -> None:
+def _add_setting(layers: Layers, dotted: str, value: Any, place_of: PlaceOf) -> None:
+    *above, last = dotted.split(".")
+    tree: dict[str, Any] = {last: value}
+    for key in reversed(above):
+        tree = {key: tree}
+    _merge(layers, layers.tree, tree, (), place_of)
+
+
+def _merge(layers: Layers, into: dict[str, Any], tree: Mapping[str, Any], path: Path_, place_of: PlaceOf) -> None:
     for key, value in tree.items():
         here = (*path, str(key))
         layers.places[here] = place_of(tree, str(key))
@@ -186,7 +276,7 @@ def _merge(layers: Layers, into: dict[str, Any], tree: Mapping[str, Any], path: 
             below = into.get(key)
             if isinstance(value, _Replace) or not value or not isinstance(below, dict):
                 is_addition = bool(value) and not isinstance(value, _Replace)
-                into[key] = _named_kind(here, below) if is_addition else {}
+                into[key] = _named_kind(layers.schema, here, below) if is_addition else {}
             _merge(layers, into[key], value, here, place_of)
         else:
             into[key] = value
@@ -199,13 +289,16 @@ def _explain(problem: Any, layers: Layers) -> str:
     place = next((layers.places[keys[:end]] for end in range(len(keys), 0, -1) if keys[:end] in layers.places), "")
     prefix = f"{place}: " if place else ""
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(keys[:-1])
+        known = _known_keys(layers.schema, keys[:-1])
         near = difflib.get_close_matches(keys[-1], known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(sorted(known))}"
         return f"{prefix}unknown key {dotted}; {hint}"
     if problem["type"] == "missing":
+        is_run = layers.schema is RunConfig
         return "\n".join(
-            f"{name} is not set; give it in a YAML file or as an override {name}=VALUE" for name in _required(keys)
+            f"{name} is not set; give it in "
+            + (f"a YAML file or as an override {name}=VALUE" if is_run else "the file that describes the whole")
+            for name in _required(layers.schema, keys)
         )
     if problem["type"] in ("unknown_kind", "no_kind"):
         return f"{prefix}{dotted} has {problem['msg']}"
@@ -214,36 +307,40 @@ def _explain(problem: Any, layers: Layers) -> str:
     return f"{prefix}{dotted} is {problem['input']!r}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
-def _known_keys(keys: Path_) -> list[str]:
+def _known_keys(schema: type[BaseModel], keys: Path_) -> list[str]:
     """Field names of the section at `keys`; union members are pooled."""
-    return [name for model in _models_at(keys) for name in model.model_fields]
+    return [name for model in _models_at(schema, keys) for name in model.model_fields]
 
 
-def _required(keys: Path_) -> list[str]:
+def _required(schema: type[BaseModel], keys: Path_) -> list[str]:
     """What has to be given for `keys`: the key itself, or the required keys of the section that it names."""
-    sections = _models_below(_models_at(keys[:-1]), keys[-1])
+    annotations = _annotations(_models_at(schema, keys[:-1]), keys[-1])
+    sections = [nested for each in annotations if isinstance(each, type) for nested in _models_in(each)]
     names = [name for model in sections[:1] for name, field in model.model_fields.items() if field.is_required()]
     return [".".join((*keys, name)) for name in names] or [".".join(keys)]
 
 
-def _models_at(keys: Path_) -> list[type[BaseModel]]:
-    models: list[type[BaseModel]] = [RunConfig]
+def _models_at(schema: type[BaseModel], keys: Path_) -> list[type[BaseModel]]:
+    models = [schema]
     for key in keys:
         models = _models_below(models, key) or models  # a name inside a mapping of sections, for example a route's
     return models
 
 
-def _named_kind(keys: Path_, given: Any) -> dict[str, str]:
+def _named_kind(schema: type[BaseModel], keys: Path_, given: Any) -> dict[str, str]:
     """What settings of the kind at `keys` are added to: the kind that was given by its name, or else the default."""
     if isinstance(given, str):
-        return {"type": given} if any(issubclass(model, Kind) for model in _models_at(keys)) else {}
-    fields = [model.model_fields[keys[-1]] for model in _models_at(keys[:-1]) if keys[-1] in model.model_fields]
+        return {"type": given} if any(issubclass(model, Kind) for model in _models_at(schema, keys)) else {}
+    fields = [model.model_fields[keys[-1]] for model in _models_at(schema, keys[:-1]) if keys[-1] in model.model_fields]
     return next(({"type": field.default.type} for field in fields if isinstance(field.default, Kind)), {})
 
 
 def _models_below(models: Iterable[type[BaseModel]], key: str) -> list[type[BaseModel]]:
-    annotations = [model.model_fields[key].annotation for model in models if key in model.model_fields]
-    return [nested for annotation in annotations for nested in _models_in(annotation)]
+    return [nested for annotation in _annotations(models, key) for nested in _models_in(annotation)]
+
+
+def _annotations(models: Iterable[type[BaseModel]], key: str) -> list[Any]:
+    return [model.model_fields[key].annotation for model in models if key in model.model_fields]
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

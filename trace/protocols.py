@@ -24,6 +24,7 @@ from trace_rl.batch import (
     SpanClass,
     TeacherRequest,
     TeacherRows,
+    TokenFigures,
     TokenStatistics,
     TrainingBatch,
 )
@@ -128,6 +129,10 @@ class Learner(Protocol):
         """What the policy says of the rows of routes under its present weights; takes no step."""
         ...
 
+    def inspect(self, batch: TrainingBatch) -> Sequence[TokenFigures]:
+        """What can be shown of every token under the present weights; takes no step."""
+        ...
+
     def gradient_parts(self, batch: TrainingBatch) -> Metrics:
         """Norms of the two parts of the gradient and their cosine; empty where they cannot be had. Takes no step."""
         ...
@@ -162,8 +167,14 @@ class Journal(Protocol):
 
     def log_evaluation(self, step: int, metrics: Metrics) -> None: ...
 
-    def log_rollouts(self, step: int, routed: Sequence[RoutedRollout], batch: TrainingBatch) -> None:
-        """Keep a sample of the rollouts; `batch` holds what was trained on, in the same order."""
+    def log_rollouts(
+        self, step: int, routed: Sequence[RoutedRollout], batch: TrainingBatch, figures: Sequence[TokenFigures]
+    ) -> None:
+        """Keep a sample of the rollouts; `batch` holds what was trained on, in the same order.
+
+        Args:
+            figures: of the rollouts that were measured, in any order.
+        """
         ...
 
 

@@ -59,7 +59,7 @@ def grade_text(text: str, answer: str) -> float:
     found = extract_answer(text)
     if not found or len(found) > MAX_ANSWER_CHARS:
         return 0.0
-    reference = _last_boxed(answer) or answer.strip()
+    reference = last_boxed(answer) or answer.strip()
     if found == reference:
         return 1.0
     gold = _parse_reference(reference)
@@ -75,7 +75,7 @@ def grade_text(text: str, answer: str) -> float:
 
 def extract_answer(text: str) -> str | None:
     """The text of a response's final answer; None where nothing looks like one."""
-    boxed = _last_boxed(text)
+    boxed = last_boxed(text)
     if boxed is not None:
         return boxed
     candidates = deque(_CANDIDATE.finditer(text), maxlen=1)
@@ -98,7 +98,7 @@ def feedback(text: str, reward: float, cause: GradeCause) -> str:
     return f"The final answer {answer[:_QUOTED_CHARS]} is not correct."
 
 
-def _last_boxed(text: str) -> str | None:
+def last_boxed(text: str) -> str | None:
     """Content of the complete box that closes last, braces balanced."""
     content: str | None = None
     open_braces: list[int | None] = []  # where a box's content starts; None for other braces

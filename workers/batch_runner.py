@@ -7,7 +7,7 @@ plan alone, never on what a rank's sequences hold. Must not know Ray, other role
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trace_rl.batch import TokenStatistics, TrainingBatch, TrainingSequence
+from trace_rl.batch import TokenFigures, TokenStatistics, TrainingBatch, TrainingSequence
 from trace_rl.config.learner import LearnerSettings
 from trace_rl.errors import TrainingError
+from trace_rl.head_figures import head_figures
 from trace_rl.head_loss import Projection, head_logprobs, head_loss, head_statistics
 from trace_rl.objective import LossRows, Objective, merge_sums
 from trace_rl.packing import (
@@ -33,6 +34,7 @@ from trace_rl.packing import (
 )
 from trace_rl.token_layout import Layout
 from trace_rl.workers.ranks import Ranks
+from trace_rl.workers.token_figures import cut_figures
 
 if TYPE_CHECKING:
     import deepspeed
@@ -125,17 +127,29 @@ class BatchRunner:
 
     def score(self, batch: TrainingBatch) -> list[TokenStatistics]:
         """What this rank's sequences say of the rows of routes, under the weights as they are; no gradient."""
-        self._check_batch(batch)
-        plan = self._plan(batch.sequences)
         found: list[TokenStatistics] = []
-        for indices in plan[self._ranks.share]:
-            sequences = [batch.sequences[index] for index in indices]
-            whole = pack(sequences, self._layout)
-            with torch.no_grad():
-                by_route = self._engine(self._ranks.shard(whole).to(self._device), self._statistics)
+        for sequences, whole, by_route in self._measured(batch, self._statistics):
             for route, values in self._ranks.joined_statistics(whole, by_route):
                 found += _split_by_sequence(sequences, route, values)
         return [] if self._ranks.stretch else found  # those who share sequences found the same
+
+    def inspect(self, batch: TrainingBatch) -> list[TokenFigures]:
+        """What can be shown of this rank's sequences, under the weights as they are; no gradient."""
+        found: list[TokenFigures] = []
+        for sequences, whole, (tokens, by_route) in self._measured(batch, self._figures):
+            joined = {name: self._ranks.joined(whole, column) for name, column in tokens.items()}
+            found += cut_figures(sequences, joined, self._ranks.joined_statistics(whole, by_route))
+        return [] if self._ranks.stretch else found
+
+    def _measured(self, batch: TrainingBatch, measure: Any) -> Iterator[tuple[list[TrainingSequence], MicroBatch, Any]]:
+        """What `measure` finds in each micro-batch of this rank, with its sequences and the whole of it."""
+        self._check_batch(batch)
+        for indices in self._plan(batch.sequences)[self._ranks.share]:
+            sequences = [batch.sequences[index] for index in indices]
+            whole = pack(sequences, self._layout)
+            with torch.no_grad():
+                found = self._engine(self._ranks.shard(whole).to(self._device), measure)
+            yield sequences, whole, found
 
     def gradient_parts(self, batch: TrainingBatch) -> dict[str, float]:
         """Norms of the gradients of the policy-gradient and the routed part of the loss, and the cosine between them.
@@ -272,6 +286,10 @@ class BatchRunner:
     def _statistics(self, policy: Projection, micro_batch: MicroBatch) -> list[tuple[int, dict[str, Tensor]]]:
         teacher = self._teacher(policy, micro_batch)
         return head_statistics(policy, micro_batch.rows, self._objective, teacher, self._settings.tile_bytes)
+
+    def _figures(self, policy: Projection, micro_batch: MicroBatch) -> Any:
+        teacher = self._teacher(policy, micro_batch)
+        return head_figures(policy, micro_batch.rows, self._objective, teacher, self._settings.tile_bytes)
 
     def _teacher(self, policy: Projection, micro_batch: MicroBatch) -> Projection:
         """The teacher's states; without any, none under the policy's head."""

@@ -32,12 +32,16 @@ class VllmGenerator:
         engines: actor handles of `GeneratorEngine`, in the order of their index.
         max_tokens: response budget of a completion.
         timeout_s: deadline of one call, that is of all completions that were asked for together.
+        setting: where the deadline was set; named in errors.
     """
 
-    def __init__(self, engines: Sequence[Any], max_tokens: int, timeout_s: float) -> None:
+    def __init__(
+        self, engines: Sequence[Any], max_tokens: int, timeout_s: float, setting: str = "placement.step_timeout_s"
+    ) -> None:
         self._engines = list(engines)
         self._max_tokens = max_tokens
         self._timeout_s = timeout_s
+        self._setting = setting
         self.idle = [IdleMeter() for _ in engines]
         """Of each engine."""
 
@@ -89,7 +93,7 @@ class VllmGenerator:
         places = {index: whereabouts_of_actor(self._engines[index]._actor_id.hex()) for index in engines}
         told = "; ".join(f"{index}: {place}" for index, place in places.items() if place)
         return WorkerError(
-            f"no rollout came before the deadline of {self._timeout_s:g} s (placement.step_timeout_s) from generator "
+            f"no rollout came before the deadline of {self._timeout_s:g} s ({self._setting}) from generator "
             f"engine {late}; look at the log, or raise the deadline if the work is that long{told and f' ({told})'}"
         )
 

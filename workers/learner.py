@@ -24,7 +24,7 @@ from jaxtyping import Float
 from ray.exceptions import GetTimeoutError, RayError
 from torch import Tensor
 
-from trace_rl.batch import TokenStatistics, TrainingBatch
+from trace_rl.batch import TokenFigures, TokenStatistics, TrainingBatch
 from trace_rl.config.run import RunConfig
 from trace_rl.errors import ConfigError, TraceError, TrainingError, WorkerError
 from trace_rl.objective import couples_tokens, merge_sums, objective_of, summarise
@@ -145,6 +145,10 @@ class DeepSpeedLearner:
     def score(self, batch: TrainingBatch) -> list[TokenStatistics]:
         """What the policy says of the rows of routes under its present weights; takes no step."""
         return [item for found in self._all("score", ray.put(batch)) for item in found]
+
+    def inspect(self, batch: TrainingBatch) -> list[TokenFigures]:
+        """What can be shown of every token under the present weights; takes no step."""
+        return [item for found in self._all("inspect", ray.put(batch)) for item in found]
 
     def gradient_parts(self, batch: TrainingBatch) -> dict[str, float]:
         """Norms of the policy-gradient and the routed part of the gradient, and their cosine; takes no step.

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from trace_rl.batch import RolloutKey, TokenStatistics, TrainingBatch, TrainingSequence
+from trace_rl.batch import RolloutKey, TokenFigures, TokenStatistics, TrainingBatch, TrainingSequence
 from trace_rl.config.learner import LearnerSettings
 from trace_rl.config.roles import Model
 from trace_rl.errors import TrainingError
@@ -131,6 +131,10 @@ class LearnerRank:
     def score(self, batch: TrainingBatch) -> list[TokenStatistics]:
         """What this rank's sequences say of the rows of routes; collective."""
         return self._runner.score(batch)
+
+    def inspect(self, batch: TrainingBatch) -> list[TokenFigures]:
+        """What can be shown of this rank's sequences; collective."""
+        return self._runner.inspect(batch)
 
     def gradient_parts(self, batch: TrainingBatch) -> dict[str, float]:
         """Norms of the two parts of the gradient and the cosine between them; collective, the same on every rank."""

@@ -76,7 +76,7 @@ class Ranks:
                 of_route = is_inside[rows.route_index == route]
                 whole = merged.setdefault(route, {})
                 for name, column in columns.items():
-                    whole.setdefault(name, column.new_zeros(len(of_route) if len(column) else 0))
+                    whole.setdefault(name, column.new_zeros(len(of_route) if len(column) else 0, *column.shape[1:]))
                     if len(column):
                         whole[name][of_route] = column
         return sorted(merged.items())

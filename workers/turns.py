@@ -25,7 +25,7 @@ import ray
 from jaxtyping import Float
 from torch import Tensor
 
-from trace_rl.batch import TokenStatistics, TrainingBatch
+from trace_rl.batch import TokenFigures, TokenStatistics, TrainingBatch
 from trace_rl.protocols import Metrics, WeightSync
 from trace_rl.workers.learner import DeepSpeedLearner
 from trace_rl.workers.waiting import wait_for
@@ -117,6 +117,10 @@ class LearnerInTurns:
     def score(self, batch: TrainingBatch) -> Sequence[TokenStatistics]:
         self._turns.to_learner()
         return self._learner.score(batch)
+
+    def inspect(self, batch: TrainingBatch) -> Sequence[TokenFigures]:
+        self._turns.to_learner()
+        return self._learner.inspect(batch)
 
     def gradient_parts(self, batch: TrainingBatch) -> Metrics:
         self._turns.to_learner()

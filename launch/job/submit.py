@@ -25,7 +25,7 @@ from rich.console import Console
 from trace_rl.config.run import RunConfig
 from trace_rl.errors import ConfigError
 from trace_rl.launch.job import jobs
-from trace_rl.launch.job.staging import CONFIG_NAME, stage
+from trace_rl.launch.job.staging import CONFIG_NAME, Stage, stage
 from trace_rl.overlays import dump_config
 
 if TYPE_CHECKING:
@@ -39,6 +39,16 @@ _PINNED = re.compile(r"[\w.\-\[\],]+==\S+")
 
 
 @dataclass(frozen=True)
+class Shipped:
+    """A job that was started."""
+
+    client: JobSubmissionClient
+    job: str
+    stage: Stage
+    """What went with it; its folder is gone."""
+
+
+@dataclass(frozen=True)
 class Request:
     """What the user asked for beside the configuration."""
 
@@ -48,6 +58,8 @@ class Request:
     pins: Path | None = None
     """A lock whose packages are installed for the job; without it the image has them."""
     is_detached: bool = False
+    job: str = ""
+    """The job's id; by default one is made from the run's name."""
 
 
 def submit(config: RunConfig, request: Request) -> int:
@@ -60,28 +72,38 @@ def submit(config: RunConfig, request: Request) -> int:
         ConfigError: something of this machine or a secret would go with the job; the server asks for another token.
         WorkerError: the cluster cannot be reached.
     """
+    shipped, console = ship(config, request), Console(stderr=True)
+    job, staged = shipped.job, shipped.stage
+    beside = f", with {', '.join(staged.plugins)} of this folder" if staged.plugins else ""
+    folder_of_run = config.run.folder.format(name=config.run.name)
+    _say(console, f"job {job} at {request.address}: code {staged.digest}{beside}, run folder {folder_of_run}")
+    if request.is_detached:
+        print(job)
+        _say(console, how_to(job, request.address))
+        return 0
+    return watch(shipped.client, job, request.address)
+
+
+def ship(config: RunConfig, request: Request) -> Shipped:
+    """Ship code and configuration and start the job; raises as `submit` does."""
     environment = chosen_variables(request.variables)
     pinned = pinned_packages(request.pins) if request.pins else []
     check_no_secret(dump_config(config))
-    folder_of_run = config.run.folder.format(name=config.run.name)
-    console = Console(stderr=True)
     with tempfile.TemporaryDirectory(prefix="trace-rl-stage-") as folder:
         staged = stage(config, Path.cwd(), Path(folder))
         client = jobs.connect(request.address)
         job = jobs.start(
             client,
             entrypoint=ENTRYPOINT,
-            submission_id=_job_name(config),
+            submission_id=request.job or job_name(config.run.name),
             runtime_env=runtime_env(staged.folder, environment, pinned),
-            metadata={"run": config.run.name, "run_folder": folder_of_run, "code": staged.digest},
+            metadata={
+                "run": config.run.name,
+                "run_folder": config.run.folder.format(name=config.run.name),
+                "code": staged.digest,
+            },
         )
-    beside = f", with {', '.join(staged.plugins)} of this folder" if staged.plugins else ""
-    _say(console, f"job {job} at {request.address}: code {staged.digest}{beside}, run folder {folder_of_run}")
-    if request.is_detached:
-        print(job)
-        _say(console, how_to(job, request.address))
-        return 0
-    return watch(client, job, request.address)
+    return Shipped(client, job, staged)
 
 
 def watch(client: JobSubmissionClient, job: str, address: str) -> int:
@@ -170,8 +192,9 @@ def pinned_packages(lock: Path) -> list[str]:
     return wanted
 
 
-def _job_name(config: RunConfig) -> str:
-    readable = re.sub(r"[^A-Za-z0-9_.-]+", "-", config.run.name).strip("-.") or "run"
+def job_name(run: str) -> str:
+    """An id that no other job has, readable as that of the run."""
+    readable = re.sub(r"[^A-Za-z0-9_.-]+", "-", run).strip("-.") or "run"
     return f"{readable}-{secrets.token_hex(4)}"
 
 

@@ -85,8 +85,8 @@ def _engines(facts: Facts) -> Iterator[str]:
         wanted = min(cache.concurrent, per_engine) if name == ENGINE else cache.concurrent
         if cache.sequences is not None and cache.sequences < wanted:
             yield (
-                f"the cache of the {name} holds {cache.sequences:.1f} sequences of full length, and up to {wanted} run "
-                "at once; when they are that long vLLM sets some back and computes them again"
+                f"the cache of the {name.removeprefix('the ')} holds {cache.sequences:.1f} sequences of full length, "
+                f"and up to {wanted} run at once; when they are that long vLLM sets some back and computes them again"
             )
     yield from _step_time(facts, waves)
 

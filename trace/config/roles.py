@@ -114,12 +114,30 @@ class GeneratorSettings(Section):
     nothing."""
 
 
+class EvaluationSet(Section):
+    """Questions that a run is evaluated on beside its held-out ones."""
+
+    task: ArithmeticDifficulty | None = None
+    """Held-out questions of the embedded task at another difficulty."""
+    path: str | None = None
+    """A file, folder or `hf:NAME` as for data.path, same split; none of its questions may be a training question."""
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> EvaluationSet:
+        if (self.task is None) == (self.path is None):
+            raise ValueError("a set of evaluation.sets needs one source; give either `task` or `path`")
+        return self
+
+
 class Evaluation(Section):
     every: int = Field(20, ge=0)
     """Steps between evaluations on held-out prompts, beside one before the first and one after the last step; 0 turns
     them all off."""
     num_prompts: int = Field(64, ge=1)
     samples_per_prompt: int = Field(1, ge=1)
+    sets: dict[str, EvaluationSet] = {}
+    """Name -> a further set, harder ones for example, evaluated at the same steps in the same way; its metrics are
+    called eval/NAME/..."""
     temperature: float = Field(1.0, ge=0.01, le=2)
     chat_template_kwargs: dict[str, Any] = {}
     """On top of model.chat_template_kwargs for held-out prompts: a policy that trains without thinking can be judged
@@ -133,11 +151,19 @@ class Logging(Section):
     rollouts_every: int = Field(10, ge=0)
     """Steps between stored samples of rollouts; 0: never."""
     rollouts_per_step: int = Field(16, ge=1)
+    token_figures: Literal["known", "measured"] = "known"
+    """What stored rollouts tell of each token. `known`: what the step has computed anyway. `measured`: beside that, the
+    learner's log-prob and entropy, and at routed tokens the divergence, the teacher's log-prob and the most likely
+    tokens of both, which takes one more forward pass over the rollouts that are stored; `trace-rl view` shows them."""
     diagnostics_every: int = Field(0, ge=0)
     """Steps between measured steps (norms of the two parts of the gradient and their cosine, one-step lift), while
     routes are active; 0: never. A measured step takes two more forward passes, two more backward passes, and the
     memory of three float32 gradients. Under ZeRO-3 all that is left out but the lift, the exposure's sum of norms
     too."""
+
+    def num_rollouts_at(self, step: int) -> int:
+        """How many rollouts of a step are stored at most."""
+        return 0 if not self.rollouts_every or step % self.rollouts_every else self.rollouts_per_step
 
 
 class Run(Section):
@@ -145,7 +171,8 @@ class Run(Section):
     folder: str = "runs/{name}"
     """Where everything of the run is written; {name} is replaced."""
     seed: int = 0
-    steps: int = Field(300, ge=1)
+    steps: int = Field(300, ge=0)
+    """0: evaluate the model as it is, and train nothing."""
     checkpoint_every: int = Field(50, ge=0)
     """Steps between checkpoints, beside one at the end; 0: only at the end."""
     keep_checkpoints: int = Field(2, ge=1)

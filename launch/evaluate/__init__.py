@@ -1,0 +1,1 @@
+"""`trace-rl eval`: checkpoints on sets of problems, with every sample stored."""
