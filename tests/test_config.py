@@ -58,7 +58,7 @@ def test_sections_are_frozen() -> None:
         {"typo": {}},
         {"run": {"stepz": 3}},
         {"algorithm": {"routes": {"r": route("correct", "key_spans", lambda_0=0.5)}}},
-        {"run": {"steps": 0}},
+        {"run": {"steps": -1}},
         {"run": {"steps": "many"}},
         {"sampling": {"samples_per_prompt": 1}},
         {"sampling": {"samples_per_prompt": 0}},
