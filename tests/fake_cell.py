@@ -8,6 +8,7 @@ try adds a line to CONTROL/tries. `python fake_cell.py CONTROL` is a sweep of su
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -72,6 +73,7 @@ def run_sweep(control: Path) -> None:
     from trace_rl.launch.sweep.schedule import SweepScheduler
     from trace_rl.sweeps import load_sweep
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in the background
     sweep = load_sweep(control / "sweep.yaml")
     with only_sweep_in(sweep.folder):
         record = SweepRecord(sweep.folder, lambda cell, kind, note: None)
