@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from trace_rl.errors import TraceError
+from trace_rl.launch.command_line import explained, is_override, prepare_imports
 from trace_rl.launch.sweep.command import app as sweep_app
 from trace_rl.workers import environment
 
@@ -43,7 +41,7 @@ app.add_typer(sweep_app, name="sweep")
 def train(arguments: Arguments) -> None:
     """Train: trace-rl train configs/demo.yaml configs/methods/grpo.yaml run.steps=20"""
     console = Console()
-    try:
+    with explained("interrupted; run.resume=auto goes on from the last checkpoint"):
         config = _load(arguments)
         from trace_rl.launch.job import inside_job
 
@@ -52,10 +50,6 @@ def train(arguments: Arguments) -> None:
         from trace_rl.launch.train import run
 
         run(config, console)
-    except TraceError as error:
-        _fail(error)
-    except KeyboardInterrupt:
-        _fail("interrupted; run.resume=auto goes on from the last checkpoint")
 
 
 @app.command()
@@ -69,13 +63,11 @@ def plan(
     ] = 0,
 ) -> None:
     """Print what a run will do and take, and start nothing: trace-rl plan run.yaml --check"""
-    try:
+    with explained():
         config = _load(arguments)
         from trace_rl.launch.plan.command import show
 
         raise typer.Exit(show(config, check, gpu_memory_gib, Console()))
-    except TraceError as error:
-        _fail(error)
 
 
 @app.command()
@@ -91,14 +83,12 @@ def submit(
     ] = None,
 ) -> None:
     """Train on a running Ray cluster: trace-rl submit run.yaml run.folder=/shared/runs/{name} --address http://HEAD:8265"""
-    try:
+    with explained():
         config = _load([*arguments, "placement.ray_address=auto"])
         from trace_rl.launch.job.submit import Request
         from trace_rl.launch.job.submit import submit as start
 
         raise typer.Exit(start(config, Request(address, tuple(env or ()), pip, detach)))
-    except TraceError as error:
-        _fail(error)
 
 
 @jobs_app.command("status")
@@ -107,14 +97,12 @@ def job_status(
     address: Address = "",
 ) -> None:
     """Print state, run, code and folder."""
-    try:
+    with explained():
         from trace_rl.launch.job import jobs
 
         client = jobs.connect(address)
         for each in [jobs.details(client, job)] if job else jobs.all_jobs(client):
             typer.echo(jobs.describe(each))
-    except TraceError as error:
-        _fail(error)
 
 
 @jobs_app.command("logs")
@@ -122,7 +110,7 @@ def job_logs(
     job: Job, address: Address = "", follow: Annotated[bool, typer.Option(help="Until it ends; its exit code.")] = False
 ) -> None:
     """Print what a job has printed."""
-    try:
+    with explained():
         from trace_rl.launch.job import jobs
 
         client = jobs.connect(address)
@@ -133,43 +121,35 @@ def job_logs(
 
         jobs.details(client, job)
         raise typer.Exit(watch(client, job, address))
-    except TraceError as error:
-        _fail(error)
 
 
 @jobs_app.command("stop")
 def stop_job(job: Job, address: Address = "") -> None:
     """End a job; its checkpoints stay."""
-    try:
+    with explained():
         from trace_rl.launch.job import jobs
 
         was_running = jobs.stop(jobs.connect(address), job)
         typer.echo(f"{job} is being stopped" if was_running else f"{job} was not running")
-    except TraceError as error:
-        _fail(error)
 
 
 @app.command()
 def template(name: Annotated[str, typer.Argument(help="slurm, kuberay-job or kuberay-cluster")]) -> None:
     """Print a file to start a cluster with: trace-rl template slurm > train.sbatch"""
-    try:
+    with explained():
         from trace_rl.launch.cluster_templates import read_template
 
         typer.echo(read_template(name), nl=False)
-    except TraceError as error:
-        _fail(error)
 
 
 @app.command("config")
 def show_config(arguments: Arguments) -> None:
     """Print the resolved configuration as YAML."""
-    try:
+    with explained():
         config = _load(arguments)
         from trace_rl.overlays import dump_config
 
         typer.echo(dump_config(config), nl=False)
-    except TraceError as error:
-        _fail(error)
 
 
 @app.command()
@@ -190,7 +170,7 @@ def annotate(
 ) -> None:
     """Annotate recorded rollouts: trace-rl annotate runs/demo annotator.backend=random --against oracle"""
     console = Console()
-    try:
+    with explained("interrupted; answers that models have given are stored, and are not asked for again"):
         files, overrides = split_arguments(arguments or [])
         given = [*map(str, files or [_config_beside(rollouts)]), *overrides]
         # nothing of the run's own backend goes into another one
@@ -204,10 +184,6 @@ def annotate(
             offline.print_cost(configs[0], recorded, console)
         else:
             offline.annotate(configs, recorded, out, console)
-    except TraceError as error:
-        _fail(error)
-    except KeyboardInterrupt:
-        _fail("interrupted; answers that models have given are stored, and are not asked for again")
 
 
 @app.command()
@@ -220,12 +196,10 @@ def report(
     out: Annotated[Path, typer.Option(help="Where the page is written.")] = Path("report.html"),
 ) -> None:
     """Write one page on what runs have done: trace-rl report runs/trace-* runs/grpo-*"""
-    try:
+    with explained():
         from trace_rl.launch.pages.report import write_report
 
         typer.echo(f"{write_report(runs, group or [], out)} shows {len(runs)} runs; open it in a browser")
-    except TraceError as error:
-        _fail(error)
 
 
 @app.command()
@@ -239,12 +213,10 @@ def view(
 ) -> None:
     """Write one page on what was done with each token: trace-rl view runs/demo --step 0 --step 90"""
     environment.apply()  # before transformers is imported
-    try:
+    with explained():
         from trace_rl.launch.pages.view import write_view
 
         typer.echo(f"{write_view(runs, step or [], out)} is written; open it in a browser")
-    except TraceError as error:
-        _fail(error)
 
 
 @app.command("eval")
@@ -263,7 +235,7 @@ def evaluate(
 ) -> None:
     """Evaluate checkpoints on sets of problems: trace-rl eval runs/demo --sets arithmetic,arithmetic-longer"""
     console = Console()
-    try:
+    with explained("interrupted; samples that are finished are stored, and the same command goes on"):
         environment.apply()
         from trace_rl.launch.evaluate.arguments import read_arguments
 
@@ -273,23 +245,16 @@ def evaluate(
         from trace_rl.launch.evaluate.command import evaluate as run
 
         run(config, checkpoints, step, console)
-    except TraceError as error:
-        _fail(error)
-    except KeyboardInterrupt:
-        _fail("interrupted; samples that are finished are stored, and the same command goes on")
 
 
 def split_arguments(arguments: list[str]) -> tuple[list[Path], list[str]]:
-    """(files, overrides): an override is what holds a `=` and is no existing file."""
-    overrides = [text for text in arguments if "=" in text and not Path(text).exists()]
+    """(files, overrides)."""
+    overrides = [*filter(is_override, arguments)]
     return [Path(text) for text in arguments if text not in overrides], overrides
 
 
 def _load(arguments: list[str]) -> RunConfig:
-    """Read the configuration; `plugins` are looked for in the working folder too."""
-    environment.apply()  # before torch, vLLM, DeepSpeed or Ray is imported
-    if (folder := os.getcwd()) not in sys.path:
-        sys.path.append(folder)  # last, so that no file there can hide an installed module
+    prepare_imports()
     from trace_rl.overlays import load_config
 
     return load_config(*split_arguments(arguments))
@@ -306,11 +271,6 @@ def _protect_ray(config: RunConfig) -> None:
     """Before Ray is imported; a cluster that is joined has a token of its own."""
     if config.placement.ray_address == "local":
         environment.protect_private_ray()
-
-
-def _fail(error: TraceError | str) -> NoReturn:
-    Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True, style="red")
-    raise typer.Exit(1)
 
 
 if __name__ == "__main__":

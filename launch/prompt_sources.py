@@ -12,6 +12,7 @@ from trace_rl.config.run import RunConfig
 from trace_rl.data import ArithmeticSource, RowSource, read_jsonl, split_heldout, to_prompts
 from trace_rl.errors import DataError, first_line
 from trace_rl.launch.model_files import EMBEDDED
+from trace_rl.launch.saved_datasets import open_saved
 from trace_rl.protocols import ErrorRule, PromptSource
 from trace_rl.tasks.arithmetic import ArithmeticRule
 from trace_rl.tasks.equations import EquationRule
@@ -97,28 +98,12 @@ def _rows(path: str, split: str) -> list[tuple[str, Mapping[str, Any]]]:
         return _dataset_rows(path, _load_from_hub(path.removeprefix(_HUB_PREFIX), split))
     folder = Path(path).expanduser()
     if folder.is_dir():
-        return _dataset_rows(path, _load_from_disk(folder, split))
+        return _dataset_rows(path, open_saved(folder, split, "data.split", "a JSONL file"))
     return read_jsonl(folder)
 
 
 def _dataset_rows(path: str, dataset: Any) -> list[tuple[str, Mapping[str, Any]]]:
     return [(f"{path}[{index}]", row) for index, row in enumerate(dataset)]
-
-
-def _load_from_disk(folder: Path, split: str) -> Any:
-    from datasets import DatasetDict, load_from_disk
-
-    try:
-        dataset = load_from_disk(str(folder))
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"folder {folder} is not a data set written by datasets.save_to_disk ({error}); give a JSONL file instead"
-        ) from error
-    if isinstance(dataset, DatasetDict):
-        if split not in dataset:
-            raise DataError(f"{folder} has no split {split!r}, only {', '.join(dataset)}; set data.split")
-        return dataset[split]
-    return dataset
 
 
 def _load_from_hub(name: str, split: str) -> Any:

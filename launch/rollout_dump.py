@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -31,6 +31,8 @@ from trace_rl.batch import (
 )
 from trace_rl.errors import DataError
 
+RecordT = TypeVar("RecordT", bound=BaseModel)
+
 _FOLDER = "rollouts"  # of a run folder
 
 
@@ -43,7 +45,7 @@ class DumpedRollout:
     """What the run's own annotator marked."""
 
 
-class _Span(BaseModel):
+class SpanRecord(BaseModel):
     """A span in a record."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
@@ -76,7 +78,7 @@ class _Record(BaseModel):
     reward: float
     grade_cause: GradeCause
     feedback: str
-    spans: tuple[_Span, ...]
+    spans: tuple[SpanRecord, ...]
 
     @model_validator(mode="after")
     def _every_token_has_a_version(self) -> _Record:
@@ -249,17 +251,25 @@ def read_dump(files: Sequence[Path]) -> list[DumpedRollout]:
     Raises:
         DataError: a line is not a rollout that a run has written; names file and line.
     """
+    return [record.rollout() for file in files for record in read_lines(file, _Record)]
+
+
+def read_lines(file: Path, schema: type[RecordT]) -> list[RecordT]:
+    """What `schema` reads of each rollout of a file.
+
+    Raises:
+        DataError: a line is not a rollout that a run has written; names file and line.
+    """
     found = []
-    for file in files:
-        *lines, last = file.read_bytes().split(b"\n")  # not splitlines: a response may hold other ends of lines
-        for number, line in enumerate([*lines, last] if last else lines, start=1):
-            try:
-                found.append(_Record.model_validate_json(line).rollout())
-            except ValidationError as error:
-                first = error.errors()[0]
-                place = ".".join(map(str, first["loc"])) or "the whole"
-                raise DataError(
-                    f"{file}:{number} is not a rollout as trace-rl writes them ({place}: {first['msg']}); remove the "
-                    "line, or record the rollouts again with this version"
-                ) from error
+    *lines, last = file.read_bytes().split(b"\n")  # not splitlines: a response may hold other ends of lines
+    for number, line in enumerate([*lines, last] if last else lines, start=1):
+        try:
+            found.append(schema.model_validate_json(line))
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"])) or "the whole"
+            raise DataError(
+                f"{file}:{number} is not a rollout as trace-rl writes them ({place}: {first['msg']}); remove the "
+                "line, or record the rollouts again with this version"
+            ) from error
     return found

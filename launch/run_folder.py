@@ -176,6 +176,10 @@ def _belongs_before(line: str, step: int) -> bool:
         record: Mapping[str, float] = json.loads(line)
     except json.JSONDecodeError:  # the run was killed while it wrote this line
         return False
-    is_evaluation = any(name.startswith("heldout/") for name in record)
     # the evaluation after step k is done before the checkpoint of step k; the one at 0 is done again by a fresh start
-    return record["step"] < step or (is_evaluation and record["step"] == step > 0)
+    return record["step"] < step or (is_evaluation(record) and record["step"] == step > 0)
+
+
+def is_evaluation(record: Mapping[str, float]) -> bool:
+    """Whether a record of metrics.jsonl is that of an evaluation, and not of a training step."""
+    return any(name.startswith("heldout/") for name in record)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from trace_rl.head_loss import DEFAULT_TILE_BYTES, Projection, head_statistics
+from trace_rl.head_loss import DEFAULT_TILE_BYTES, Projection, head_statistics, row_tiles
 from trace_rl.objective import LossRows, Objective
 from trace_rl.row_kernels import TorchKernels
 
@@ -38,11 +38,10 @@ def head_figures(
     `teacher_top`: the most likely tokens and their log-probs [row, candidate], the likeliest first; the last two have
     no rows where the route reads no teacher.
     """
-    size = max(1, tile_bytes // (_COPIES * len(policy.head) * policy.precision.itemsize))
     kernels = TorchKernels()
     found = [
         kernels.token_rows(policy.rows(index).logits(), rows.targets[index], objective.sampling_temperature)
-        for index in _parts(len(rows.targets), size, rows.targets.device)
+        for index in _parts(len(rows.targets), policy, tile_bytes)
     ]
     tokens = {
         "policy_logprobs": torch.cat([part.logprobs for part in found]),
@@ -53,25 +52,26 @@ def head_figures(
     for route, statistics in head_statistics(policy, rows, objective, teacher, tile_bytes):
         entries = (rows.route_index == route).nonzero().squeeze(-1)
         states = rows.teacher_row[entries] if len(statistics["teacher_logprobs"]) else entries[:0]
-        policy_ids, policy_top = _most_likely(policy.rows(rows.route_row[entries]), temperatures[route], size)
-        teacher_ids, teacher_top = _most_likely(teacher.rows(states), temperatures[route], size)
+        policy_ids, policy_top = _most_likely(policy.rows(rows.route_row[entries]), temperatures[route], tile_bytes)
+        teacher_ids, teacher_top = _most_likely(teacher.rows(states), temperatures[route], tile_bytes)
         top = {"policy_ids": policy_ids, "policy_top": policy_top}
         by_route.append((route, {**statistics, **top, "teacher_ids": teacher_ids, "teacher_top": teacher_top}))
     return tokens, by_route
 
 
 def _most_likely(
-    projection: Projection, temperature: float, size: int
+    projection: Projection, temperature: float, tile_bytes: int
 ) -> tuple[Tensor, Float[Tensor, "row candidate"]]:
-    """Ids and log-probs of the most likely tokens of each row, `size` rows at a time."""
+    """Ids and log-probs of the most likely tokens of each row."""
     count = min(NUM_CANDIDATES, len(projection.head))
     parts = [
         torch.log_softmax(projection.rows(index).logits() / temperature, -1).topk(count)
-        for index in _parts(len(projection.hidden), size, projection.hidden.device)
+        for index in _parts(len(projection.hidden), projection, tile_bytes)
     ]
     return torch.cat([part.indices for part in parts]), torch.cat([part.values for part in parts])
 
 
-def _parts(count: int, size: int, device: torch.device) -> list[Int[Tensor, " chosen"]]:
-    """Indices of `size` rows at a time; one part without any where there are no rows."""
-    return [torch.arange(start, min(start + size, count), device=device) for start in range(0, max(count, 1), size)]
+def _parts(count: int, projection: Projection, tile_bytes: int) -> list[Int[Tensor, " chosen"]]:
+    """The first `count` rows by tiles; one part without any where there are no rows."""
+    every = torch.arange(count, device=projection.hidden.device)
+    return list(row_tiles(every, projection, tile_bytes // _COPIES)) or [every]

@@ -119,7 +119,7 @@ def head_logprobs(
     kernels = _kernels(policy)
     parts = [
         kernels.token_rows(policy.rows(index).logits(), targets[index], temperature).logprobs
-        for index in _tiles(torch.arange(len(targets), device=targets.device), policy, tile_bytes)
+        for index in row_tiles(torch.arange(len(targets), device=targets.device), policy, tile_bytes)
     ]
     return torch.cat(parts) if parts else policy.hidden.new_zeros(0, dtype=policy.precision)
 
@@ -143,7 +143,7 @@ def head_statistics(
         parts = []
         entries = (rows.route_index == route.index).nonzero().squeeze(-1)
         # a block, not a tile: autograd-free actions still hold several copies of their rows
-        for index in _tiles(entries, policy, tile_bytes // 8):
+        for index in row_tiles(entries, policy, tile_bytes // 8):
             token = rows.route_row[index]
             logits, targets = policy.rows(token).logits(), rows.targets[token]
             states = logits[:0]
@@ -373,7 +373,8 @@ def _check_teacher(rows: LossRows, routes: Sequence[RouteLoss], teacher: Project
             raise ValueError(f"route {route.name} reads a teacher, but some of its rows have no teacher's state")
 
 
-def _tiles(index: Int[Tensor, " row"], policy: Projection, tile_bytes: int) -> Iterator[Int[Tensor, " chosen"]]:
+def row_tiles(index: Int[Tensor, " row"], policy: Projection, tile_bytes: int) -> Iterator[Int[Tensor, " chosen"]]:
+    """The rows, as many at a time as have logits of at most `tile_bytes`; at least one."""
     size = _rows_per_tile(policy, tile_bytes)
     return (index[start : start + size] for start in range(0, len(index), size))
 

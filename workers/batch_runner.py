@@ -34,7 +34,7 @@ from trace_rl.packing import (
 )
 from trace_rl.token_layout import Layout
 from trace_rl.workers.ranks import Ranks
-from trace_rl.workers.token_figures import cut_figures
+from trace_rl.workers.token_figures import cut_figures, split_rows
 
 if TYPE_CHECKING:
     import deepspeed
@@ -130,7 +130,8 @@ class BatchRunner:
         found: list[TokenStatistics] = []
         for sequences, whole, by_route in self._measured(batch, self._statistics):
             for route, values in self._ranks.joined_statistics(whole, by_route):
-                found += _split_by_sequence(sequences, route, values)
+                mine = split_rows(sequences, route, values)
+                found += [TokenStatistics(sequence.key, route, **columns) for sequence, columns in mine]
         return [] if self._ranks.stretch else found  # those who share sequences found the same
 
     def inspect(self, batch: TrainingBatch) -> list[TokenFigures]:
@@ -320,19 +321,3 @@ class BatchRunner:
 
 def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     return sum(float((a * b).sum(dtype=torch.float64)) for a, b in zip(left, right, strict=True))
-
-
-def _split_by_sequence(
-    sequences: Sequence[TrainingSequence], route: int, values: dict[str, Tensor]
-) -> list[TokenStatistics]:
-    """Cut a route's rows of a micro-batch at the borders of its sequences; those without such rows are left out."""
-    counts = [int((sequence.route_index == route).sum()) for sequence in sequences]
-    cuts = np.cumsum(counts)[:-1]
-    parts = {
-        name: np.split(value.cpu().numpy(), cuts if len(value) else [0] * len(cuts)) for name, value in values.items()
-    }
-    return [
-        TokenStatistics(sequence.key, route, **{name: part[number] for name, part in parts.items()})
-        for number, sequence in enumerate(sequences)
-        if counts[number]
-    ]

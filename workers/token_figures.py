@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
-from trace_rl.batch import Candidates, RouteFigures, TokenFigures, TokenStatistics, TrainingSequence
+from trace_rl.batch import Candidates, RolloutKey, RouteFigures, TokenFigures, TokenStatistics, TrainingSequence
 
 Columns = Mapping[str, Tensor]
 
@@ -25,29 +25,40 @@ def cut_figures(
         by_route: over the rows of each route in the order of the sequences; see `trace_rl.head_figures`.
     """
     per_token = {name: column.cpu().numpy() for name, column in tokens.items()}
-    per_route = [
-        (route, {name: column.cpu().numpy() for name, column in columns.items()}) for route, columns in by_route
-    ]
-    ends = {route: 0 for route, _ in per_route}
-    found, end = [], 0
-    for sequence in sequences:
-        start, end = end, end + len(sequence.token_ids)
-        routes = []
-        for route, columns in per_route:
-            first, last = ends[route], ends[route] + int((sequence.route_index == route).sum())
-            ends[route] = last
-            if last > first:
-                mine = {name: column[first:last] for name, column in columns.items()}
-                routes.append(_route_figures(sequence, route, mine))
-        found.append(
-            TokenFigures(
-                sequence.key,
-                policy_logprobs=per_token["policy_logprobs"][start:end],
-                policy_entropy=per_token["policy_entropy"][start:end],
-                routes=tuple(routes),
-            )
+    routes: dict[RolloutKey, list[RouteFigures]] = {sequence.key: [] for sequence in sequences}
+    for route, columns in by_route:
+        for sequence, mine in split_rows(sequences, route, columns):
+            routes[sequence.key].append(_route_figures(sequence, route, mine))
+    ends = np.cumsum([len(sequence.token_ids) for sequence in sequences])
+    return [
+        TokenFigures(
+            sequence.key,
+            policy_logprobs=per_token["policy_logprobs"][end - len(sequence.token_ids) : end],
+            policy_entropy=per_token["policy_entropy"][end - len(sequence.token_ids) : end],
+            routes=tuple(routes[sequence.key]),
         )
-    return found
+        for sequence, end in zip(sequences, ends, strict=True)
+    ]
+
+
+def split_rows(
+    sequences: Sequence[TrainingSequence], route: int, columns: Columns
+) -> list[tuple[TrainingSequence, dict[str, np.ndarray]]]:
+    """Cut a route's rows of a micro-batch at the borders of its sequences; those without such rows are left out.
+
+    Args:
+        columns: over the rows in the order of the sequences; a column without rows has none for each of them.
+    """
+    counts = [int((sequence.route_index == route).sum()) for sequence in sequences]
+    cuts = np.cumsum(counts)[:-1]
+    parts = {
+        name: np.split(value.cpu().numpy(), cuts if len(value) else [0] * len(cuts)) for name, value in columns.items()
+    }
+    return [
+        (sequence, {name: part[number] for name, part in parts.items()})
+        for number, sequence in enumerate(sequences)
+        if counts[number]
+    ]
 
 
 def _route_figures(sequence: TrainingSequence, route: int, columns: Mapping[str, np.ndarray]) -> RouteFigures:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from trace_rl.config.evaluation import BUILT_IN, EvalConfig
 from trace_rl.errors import ConfigError
+from trace_rl.launch.command_line import is_override
 from trace_rl.overlays import load_as
 
 
@@ -21,7 +22,7 @@ def read_arguments(arguments: Sequence[str], sets: str) -> tuple[EvalConfig, lis
         ConfigError: no checkpoint or set was given, or a setting is not accepted.
     """
     files = [text for text in arguments if text.endswith((".yaml", ".yml"))]
-    overrides = [text for text in arguments if "=" in text and not Path(text).exists()]
+    overrides = [*filter(is_override, arguments)]
     checkpoints = [text for text in arguments if text not in (*files, *overrides)]
     if not checkpoints:
         raise ConfigError("no checkpoint was given; name at least one checkpoint folder, run folder or hub name")

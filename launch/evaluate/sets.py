@@ -16,6 +16,7 @@ from trace_rl.batch import Prompt
 from trace_rl.config.evaluation import ARITHMETIC, BUILT_IN, FILE_SUFFIXES, GYM, HUB, EvalSet, definition
 from trace_rl.data import ArithmeticSource, read_jsonl
 from trace_rl.errors import DataError, first_line
+from trace_rl.launch.saved_datasets import open_saved
 from trace_rl.plain_answers import lettered
 
 Row = Mapping[str, Any]
@@ -143,20 +144,11 @@ def _read_parquet(file: Path) -> Sequence[Row]:
 
 
 def _from_folder(settings: EvalSet, folder: Path) -> Sequence[Row]:
-    from datasets import DatasetDict, load_from_disk
-
+    instead = f"one of its files, with an ending of {', '.join(FILE_SUFFIXES)},"
     try:
-        found = load_from_disk(str(folder))
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"set {settings.name}: the folder {folder} was not written by datasets.save_to_disk ({first_line(error)}); "
-            f"give one of its files, with an ending of {', '.join(FILE_SUFFIXES)}"
-        ) from error
-    if not isinstance(found, DatasetDict):
-        return list(found)
-    if settings.split not in found:
-        raise DataError(f"set {settings.name}: {folder} has no split {settings.split!r}, only {', '.join(found)}")
-    return list(found[settings.split])
+        return list(open_saved(folder, settings.split, "split of the set", instead))
+    except DataError as error:
+        raise DataError(f"set {settings.name}: {error}") from error
 
 
 def _from_hub(settings: EvalSet) -> Sequence[Row]:

@@ -21,6 +21,7 @@ from trace_rl.batch import RolloutKey, RolloutRequest
 from trace_rl.config.evaluation import EvalSet
 from trace_rl.errors import DataError
 from trace_rl.evaluation import Sample, digest
+from trace_rl.launch.append_only import drop_half_line
 
 _FREE = ("samples_per_problem", "num_problems", "name", "path", "split", "subset")
 """Settings of a set that decide how many samples there are, or only where the same problems are read from."""
@@ -116,13 +117,9 @@ def _read(path: Path) -> list[Sample]:
     """All complete lines; what follows the last of them is cut off the file."""
     if not path.exists():
         return []
-    content = path.read_bytes()
-    end = content.rfind(b"\n") + 1
-    if end < len(content):
-        with path.open("r+b") as file:
-            file.truncate(end)
+    drop_half_line(path)
     samples = []
-    for number, line in enumerate(content[:end].splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             samples.append(Sample(**json.loads(line)))
         except (ValueError, TypeError) as error:

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from scipy import stats
 
 from trace_rl.errors import DataError
-from trace_rl.launch.run_folder import RunFolder, dotted_settings
+from trace_rl.launch.run_folder import RunFolder, dotted_settings, is_evaluation
 
 ABSENT = "\N{EN DASH}"
 """Stands in a table for what was not recorded."""
@@ -130,8 +130,8 @@ def read_run(path: Path) -> RecordedRun:
     return RecordedRun(
         name=path.resolve().name,
         settings=dotted_settings(settings),
-        steps=tuple(record for record in records if not _is_evaluation(record)),
-        evaluations=tuple(record for record in records if _is_evaluation(record)),
+        steps=tuple(record for record in records if not is_evaluation(record)),
+        evaluations=tuple(record for record in records if is_evaluation(record)),
     )
 
 
@@ -176,10 +176,6 @@ def _experiment(run: RecordedRun) -> str:
 def _shared_name(names: Sequence[str]) -> str:
     """The first name without the part that counts runs, where there are several."""
     return re.sub(r"[-_.](seed|s)?[-_.]?\d+$", "", names[0]) if len(names) > 1 else names[0]
-
-
-def _is_evaluation(record: Mapping[str, float]) -> bool:
-    return any(name.startswith("heldout/") for name in record)
 
 
 def _is_finite(value: Any) -> bool:

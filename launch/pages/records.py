@@ -8,10 +8,9 @@ from __future__ import annotations
 from itertools import chain, repeat
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 
-from trace_rl.batch import SpanClass
-from trace_rl.errors import DataError
+from trace_rl.launch.rollout_dump import SpanRecord, read_lines
 
 Numbers = tuple[float | None, ...]
 Candidates = tuple[tuple[tuple[int, float | None], ...], ...]
@@ -20,14 +19,6 @@ Candidates = tuple[tuple[tuple[int, float | None], ...], ...]
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
-
-
-class SpanRecord(_Part):
-    start: int
-    end: int
-    span_class: SpanClass = Field(alias="class")
-    type: str
-    importance: float
 
 
 class RouteRecord(_Part):
@@ -113,17 +104,4 @@ def read_records(file: Path) -> list[RolloutRecord]:
     Raises:
         DataError: a line is not a rollout that a run has written; names file and line.
     """
-    found = []
-    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
-        if not line:
-            continue
-        try:
-            found.append(RolloutRecord.model_validate_json(line))
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"])) or "the whole"
-            raise DataError(
-                f"{file}:{number} is not a rollout as trace-rl writes them ({place}: {first['msg']}); remove the line, "
-                "or record the rollouts again with this version"
-            ) from error
-    return found
+    return read_lines(file, RolloutRecord)

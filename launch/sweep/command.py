@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
-from trace_rl.errors import ConfigError, TraceError
-from trace_rl.workers import environment
+from trace_rl.errors import ConfigError
+from trace_rl.launch.command_line import explained, fail, prepare_imports
 
 if TYPE_CHECKING:
     from trace_rl.launch.sweep.record import Kind, SweepRecord
@@ -37,7 +34,7 @@ _COPY = "sweep.yaml"
 @app.command()
 def plan(file: File, overrides: Overrides = None, folder: Folder = "") -> None:
     """Print the cells and what they take in all; start nothing."""
-    with _explained():
+    with explained():
         sweep = _load(file, overrides, folder)
         from trace_rl.launch.sweep.tables import plan_table, plan_totals
 
@@ -54,7 +51,7 @@ def run(
     retry_failed: Annotated[bool, typer.Option(help="Also try cells again that have failed for good.")] = False,
 ) -> None:
     """Run what is not finished yet; go on after a kill by giving the same command again."""
-    with _explained():
+    with explained():
         sweep = _load(file, overrides, folder)
         _check_unchanged(sweep)
         from trace_rl.launch.sweep.record import SweepRecord, only_sweep_in, read_states
@@ -74,7 +71,7 @@ def run(
 @app.command()
 def status(file: File, overrides: Overrides = None, folder: Folder = "") -> None:
     """Print how every cell stands."""
-    with _explained():
+    with explained():
         sweep = _load(file, overrides, folder)
         from trace_rl.launch.sweep.record import read_states
         from trace_rl.launch.sweep.tables import count_states, status_table
@@ -92,7 +89,7 @@ def report(
     out: Annotated[Path | None, typer.Option(help="File to write; by default report.md in the sweep's folder.")] = None,
 ) -> None:
     """Compare the groups over their seeds, in Markdown; also printed."""
-    with _explained():
+    with explained():
         sweep = _load(file, overrides, folder)
         from trace_rl.launch.sweep.record import read_states
         from trace_rl.launch.sweep.report import write_report
@@ -106,9 +103,7 @@ def report(
 
 
 def _load(file: Path, overrides: list[str] | None, folder: str) -> Sweep:
-    environment.apply()  # before torch or numpy is imported
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.append(here)  # plugins are looked for in the working folder too
+    prepare_imports()
     from trace_rl.sweeps import load_sweep
 
     return load_sweep(file, overrides or (), folder)
@@ -142,7 +137,7 @@ def _run(sweep: Sweep, record: SweepRecord, retry_failed: bool) -> None:
     try:
         SweepScheduler(sweep, record, _runner(sweep)).run()
     except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on with what is not finished")
+        fail("interrupted; the same command goes on with what is not finished")
 
 
 def _runner(sweep: Sweep) -> Runner:
@@ -164,17 +159,3 @@ def _teller(console: Console) -> Callable[[str, Kind, str], None]:
 
 def _as_interrupt(number: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Print an error that the user can act on as its sentence."""
-    try:
-        yield
-    except TraceError as error:
-        _fail(str(error))
-
-
-def _fail(sentence: str) -> NoReturn:
-    Console(stderr=True).print(f"error: {sentence}", markup=False, highlight=False, soft_wrap=True, style="red")
-    raise typer.Exit(1)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from trace_rl.errors import ConfigError
+from trace_rl.launch.append_only import drop_half_line
 
 Kind = Literal["started", "finished", "broke", "stopped", "interrupted", "reopened"]
 Status = Literal["waiting", "running", "finished", "failed", "stopped"]
@@ -70,7 +71,7 @@ class SweepRecord:
     def __init__(self, folder: Path, tell: Callable[[str, Kind, str], None]) -> None:
         self._file = folder / FILE
         self._tell = tell
-        _drop_half_line(self._file)
+        drop_half_line(self._file)
         self._states = read_states(folder)
 
     def state(self, cell: str) -> CellState:
@@ -116,11 +117,3 @@ def _events(file: Path) -> list[tuple[str, Kind, str]]:
     lines = file.read_text(encoding="utf-8").split("\n")
     events = [json.loads(line) for line in lines[:-1]]  # what stands behind the last line feed was never finished
     return [(event["cell"], event["event"], event["note"]) for event in events]
-
-
-def _drop_half_line(file: Path) -> None:
-    if file.exists():
-        content = file.read_bytes()
-        complete = content[: content.rfind(b"\n") + 1]
-        if len(complete) < len(content):
-            os.truncate(file, len(complete))

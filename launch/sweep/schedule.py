@@ -148,7 +148,8 @@ class SweepScheduler:
             if is_late:
                 watched.running.kill()
             return None
-        reason = broken_rule(self._settings.stop, read_records(watched.cell.folder))
+        rules = self._settings.stop
+        reason = broken_rule(rules, read_records(watched.cell.folder)) if rules else ""
         if reason:
             self._ask_to_end(watched, ("stopped", reason))
         elif is_late:
