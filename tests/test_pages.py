@@ -1,6 +1,7 @@
 """The shell of a page, and how rollouts are packed for it: nothing that a run wrote becomes markup, nothing is lost."""
 
 import base64
+import gzip
 import hashlib
 import json
 import re
@@ -90,6 +91,15 @@ def test_a_style_or_script_that_would_be_cut_is_refused() -> None:
 
 def test_the_title_is_escaped() -> None:
     assert "<title>a&lt;b</title>" in shell.page("a<b", "", [], [], {})
+
+
+def test_a_library_is_carried_compressed_and_allowed_by_the_hash_of_its_text() -> None:
+    library = "x = '</script>';" * 1000
+    text = shell.page("t", "", [], ["runLibrary()"], {}, library=library)
+    digest = base64.b64encode(hashlib.sha256(library.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in text and len(text) < len(library) / 10
+    (packed,) = re.findall(r'<script type="text/plain" id="library">([A-Za-z0-9+/=]*)</script>', text)
+    assert gzip.decompress(base64.b64decode(packed)).decode() == library
 
 
 def unpack(text: str, dtype: str) -> list[Any]:

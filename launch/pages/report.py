@@ -41,5 +41,5 @@ def report_page(groups: Sequence[Group]) -> str:
         "groups": [{"name": group.name, "runs": [run.name for run in group.runs]} for group in groups],
         "sections": sections(groups),
     }
-    styles, scripts = [*map(asset, _STYLES)], [get_plotlyjs(), *map(asset, _SCRIPTS)]
-    return page(title, asset("report.html"), styles, scripts, data, allowed=_PLOTLY_STYLES)
+    styles, scripts = [*map(asset, _STYLES)], [*map(asset, _SCRIPTS)]
+    return page(title, asset("report.html"), styles, scripts, data, allowed=_PLOTLY_STYLES, library=get_plotlyjs())

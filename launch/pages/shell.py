@@ -10,6 +10,7 @@ text in it can close the block; the page's scripts put text into the document by
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import html
 import json
@@ -33,6 +34,7 @@ def page(
     scripts: Sequence[str],
     data: Mapping[str, Any],
     allowed: Sequence[str] = (),
+    library: str = "",
 ) -> str:
     """The whole page.
 
@@ -41,6 +43,7 @@ def page(
         styles: style sheets in order.
         scripts: classic scripts in order, which share one scope; they read what `data` holds with `pageData()`.
         allowed: further directives of the policy, for what a library of the page cannot do without.
+        library: a large script that is carried compressed and runs when the page calls `runLibrary()`.
 
     Raises:
         ValueError: a style or script would close its own element.
@@ -48,13 +51,14 @@ def page(
     for text in (*styles, *scripts):
         if "</script" in text.lower() or "</style" in text.lower() or "<!--" in text:
             raise ValueError("a style or script of the page holds an end tag or a comment of HTML, which would cut it")
+    everything_that_runs = [*([library] if library else []), *scripts]
     return "\n".join(
         [
             "<!DOCTYPE html>",
             '<html lang="en">',
             "<head>",
             '<meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{policy(styles, scripts, allowed)}">',
+            f'<meta http-equiv="Content-Security-Policy" content="{policy(styles, everything_that_runs, allowed)}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{html.escape(title)}</title>",
             *(f"<style>{text}</style>" for text in styles),
@@ -62,12 +66,17 @@ def page(
             "<body>",
             body,
             f'<script type="application/json" id="data">{escaped_json(data)}</script>',
+            *([f'<script type="text/plain" id="library">{_compressed(library)}</script>'] if library else []),
             *(f"<script>{text}</script>" for text in scripts),
             "</body>",
             "</html>",
             "",
         ]
     )
+
+
+def _compressed(text: str) -> str:
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 
 def policy(styles: Sequence[str], scripts: Sequence[str], allowed: Sequence[str] = ()) -> str:

@@ -94,5 +94,7 @@ function sectionOf({ title, note, charts, table }) {
 
 document.getElementById("title").textContent = REPORT.title;
 document.getElementById("report").append(...REPORT.sections.map(sectionOf));
-plots.forEach(draw);
-watchTheme(document.getElementById("theme"), () => plots.forEach(draw));
+runLibrary().then(() => {
+  plots.forEach(draw);
+  watchTheme(document.getElementById("theme"), () => plots.forEach(draw));
+});
