@@ -15,7 +15,8 @@ from typing import NoReturn
 import typer
 from rich.console import Console
 
-from trace_rl.errors import TraceError
+from trace_rl.errors import PreemptedError, TraceError
+from trace_rl.launch import preemption
 from trace_rl.workers import environment
 
 
@@ -40,6 +41,8 @@ def explained(interrupted: str = "") -> Iterator[None]:
     """
     try:
         yield
+    except PreemptedError as error:
+        fail(str(error), preemption.EXIT_CODE)
     except TraceError as error:
         fail(str(error))
     except KeyboardInterrupt:
@@ -48,7 +51,7 @@ def explained(interrupted: str = "") -> Iterator[None]:
         fail(interrupted)
 
 
-def fail(sentence: str) -> NoReturn:
-    """Print a sentence as an error and exit with 1."""
+def fail(sentence: str, exit_code: int = 1) -> NoReturn:
+    """Print a sentence as an error and exit."""
     Console(stderr=True).print(f"error: {sentence}", markup=False, highlight=False, soft_wrap=True, style="red")
-    raise typer.Exit(1)
+    raise typer.Exit(exit_code)

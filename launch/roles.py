@@ -15,7 +15,7 @@ from trace_rl.launch.preflight import Ready
 from trace_rl.launch.run_folder import RunCheckpoints, RunFolder
 from trace_rl.loop import Roles
 from trace_rl.off_policy import MixedGenerator, SolutionGenerator, TeacherGenerator
-from trace_rl.protocols import Annotator, Generator, Teacher, WeightSync
+from trace_rl.protocols import Annotator, Generator, PromptLedger, Teacher, WeightSync
 from trace_rl.workers.annotator import RayAnnotator
 from trace_rl.workers.generator import VllmGenerator
 from trace_rl.workers.idle import IdleMeter, IdleShares
@@ -28,7 +28,9 @@ from trace_rl.workers.weight_sync import ProvenWeightSync, canary_sequences
 from trace_rl.workers.weight_transport import AdapterObjects, Transport, transport_of
 
 
-def start_roles(ready: Ready, folder: RunFolder, journal: RunJournal) -> tuple[Roles, RunCheckpoints]:
+def start_roles(
+    ready: Ready, folder: RunFolder, journal: RunJournal, ledger: PromptLedger
+) -> tuple[Roles, RunCheckpoints]:
     """Start every role that the configured method needs, and wait until all of them are ready.
 
     Raises:
@@ -69,6 +71,7 @@ def start_roles(ready: Ready, folder: RunFolder, journal: RunJournal) -> tuple[R
         utilisation=IdleShares(idle),
         journal=journal,
         checkpoints=checkpoints,
+        ledger=ledger,
         evaluation_sets=ready.evaluation_sets,
     )
     return roles, checkpoints

@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -24,10 +25,13 @@ from trace_rl.launch.cluster import ray_session
 from trace_rl.launch.display import Display
 from trace_rl.launch.job import own_code
 from trace_rl.launch.journal import RunJournal
+from trace_rl.launch.ledger import RunLedger
 from trace_rl.launch.memory import MemoryWatch
 from trace_rl.launch.plan.cluster import known_gpu_memory
 from trace_rl.launch.plan.run_plan import plan_run
 from trace_rl.launch.plan.text import PLAN_FILE, full_text, short_text
+from trace_rl.launch.preemption import Preemption
+from trace_rl.launch.restarts import Attempt, persist
 from trace_rl.launch.roles import start_roles
 from trace_rl.launch.run_folder import Progress, RunFolder, open_run_folder, trim_metrics, write_config
 from trace_rl.launch.summary import Outcome, summarise_run
@@ -57,14 +61,16 @@ def run(config: RunConfig, console: Console) -> Outcome:
         console.print(headline, markup=False, highlight=False, soft_wrap=True)
         display = Display(console, config.run.steps)
         journal = RunJournal(folder, config.logging, display, open_trackers(config, folder.path))
+        ledger = RunLedger(folder.path)
         try:
-            with MemoryWatch() as memory, ray_session(ready.config, folder.worker_logs), display:
-                _train(ready, folder, journal, display)
+            with MemoryWatch() as memory, display:
+                _persist(_Run(ready, folder, journal, ledger, display))
         except BaseException as error:
             logger.info("the run ended early: %s", error, exc_info=True)
             raise
         finally:
             journal.close()
+            ledger.close()
     outcome = Outcome(journal.evaluations, time.monotonic() - started, memory.peak_gib)
     summary = summarise_run(config, folder, outcome)
     folder.summary.write_text(summary, encoding="utf-8")
@@ -72,14 +78,48 @@ def run(config: RunConfig, console: Console) -> Outcome:
     return outcome
 
 
-def _train(ready: preflight.Ready, folder: RunFolder, journal: RunJournal, display: Display) -> None:
+@dataclass(frozen=True)
+class _Run:
+    """What stays through all attempts of a run."""
+
+    ready: preflight.Ready
+    folder: RunFolder
+    journal: RunJournal
+    ledger: RunLedger
+    display: Display
+
+
+def _persist(run: _Run) -> None:
+    """Train through losses: each attempt has a Ray and roles of its own."""
+    settings, folder = run.ready.config.run, run.folder
+    start = dict(run.ready.prompts.position())
+
+    def attempt(this: Attempt) -> None:
+        run.ready.prompts.seek(start)
+        with (
+            ray_session(run.ready.config, folder.worker_logs),
+            Preemption(settings.preemption_grace_s) as preemption,  # Ray sets a handler of its own as it starts
+        ):
+            _train(run, this, preemption)
+
+    def newest_checkpoint() -> int:
+        return max((step for step, _ in folder.complete_checkpoints()), default=0)
+
+    def tell(sentence: str) -> None:
+        logger.warning("%s", sentence)
+
+    persist(attempt, settings.max_restarts, newest_checkpoint, tell)
+
+
+def _train(run: _Run, attempt: Attempt, preemption: Preemption) -> None:
     """Start the roles, go on from the newest checkpoint where that is asked for, and run the loop."""
+    ready, folder, display = run.ready, run.folder, run.display
     started = time.monotonic()
     display.stage("starting the roles")
-    roles, checkpoints = start_roles(ready, folder, journal)
+    roles, checkpoints = start_roles(ready, folder, run.journal, run.ledger)
     display.note(f"all roles ready after {time.monotonic() - started:.0f} s")
     progress = Progress(0, {}, ())
-    if ready.config.run.resume == "auto" and folder.complete_checkpoints():
+    if (ready.config.run.resume == "auto" or attempt.number) and folder.complete_checkpoints():
         progress = checkpoints.load_newest()
         try:
             roles.prompts.seek(progress.position)
@@ -92,7 +132,9 @@ def _train(ready: preflight.Ready, folder: RunFolder, journal: RunJournal, displ
         display.resume(progress.step)
         display.note(f"resumed after {progress.step} steps from {folder.checkpoints}")
     trim_metrics(folder, progress.step)
-    train(ready.config, roles, progress.step, journal.history, progress.pending)
+    run.ledger.mark("resumed" if progress.step or attempt.number else "started", progress.step)
+    attempt.has_begun = True
+    train(ready.config, roles, progress.step, run.journal.history, progress.pending, preemption.is_asked)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from ray.util.placement_group import PlacementGroup
 from rich.console import Console
 from watched_run import WatchedRun
 
+from trace_rl.absent import AbsentLedger
 from trace_rl.errors import TraceError, WorkerError
 from trace_rl.launch import preflight
 from trace_rl.launch.display import Display
@@ -95,7 +96,7 @@ class Crew:
         self._config = ready.config
         self._journal = StoppingJournal(self._folder, config.logging, Display(Console(quiet=True), 1), [])
         self._journal.victims, self._journal.stopped = {}, []
-        self.roles, _ = start_roles(ready, self._folder, self._journal)
+        self.roles, _ = start_roles(ready, self._folder, self._journal, AbsentLedger())
         self._next = 0
 
     def step(self, **victims: Callable[[], int]) -> dict[str, float]:

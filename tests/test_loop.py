@@ -1,5 +1,7 @@
 """The loop on fakes that behave: a one-token policy that is sampled, graded, annotated, taught, trained and synced."""
 
+import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,8 +13,9 @@ from trace_rl import loop
 from trace_rl.absent import AbsentAnnotator, AbsentTeacher
 from trace_rl.batch import AnnotatedRollout, GradedRollout, Prompt, Rollout, Span, TeacherRows, TokenStatistics
 from trace_rl.config.run import RunConfig
-from trace_rl.errors import TrainingError
+from trace_rl.errors import PreemptedError, TrainingError
 from trace_rl.flops import TransformerShape
+from trace_rl.ledger import Record, audit
 from trace_rl.loop import Roles, evaluate, train
 from trace_rl.prompts import PromptEncoder
 from trace_rl.protocols import Decoding
@@ -331,6 +334,81 @@ def test_a_resumed_run_reaches_the_weights_of_an_uninterrupted_one():
 
     np.testing.assert_array_equal(second.learner.weights, whole.learner.weights)
     assert 0 not in second.journal.evaluations  # the base was measured by the first run
+
+
+class Account:
+    """A ledger that keeps its records."""
+
+    def __init__(self):
+        self.records = []
+
+    def note(self, fate, step, prompts):
+        if prompts:
+            self.records.append(Record(len(self.records), fate, step, prompts))
+
+    def mark(self, mark, step):
+        self.records.append(Record(len(self.records), mark, step))
+
+    def settle(self): ...
+
+
+def test_every_prompt_of_a_run_is_accounted_for():
+    config = configured(steps=5)
+    roles = replace(make_roles(config), ledger=Account())
+    train(config, roles)
+    account = audit(roles.ledger.records)
+    assert account.is_exact and (account.trained, account.dropped, account.steps) == (20, 0, 5)
+    fates = Counter(record.event for record in roles.ledger.records for _ in record.prompts)
+    assert fates == dict.fromkeys(("issued", "finished", "graded", "annotated", "trained"), 20)
+
+
+class ToldToEnd:
+    """Says yes once a step has begun to wait for rollouts, or once it is over."""
+
+    def __init__(self, journal, step, is_over):
+        self.journal, self.step, self.is_over = journal, step, is_over
+
+    def __call__(self):
+        return len(self.journal.steps) == self.step + self.is_over
+
+
+class Slow(Engine):
+    def generate(self, requests, decoding):
+        time.sleep(0.05)  # or all rollouts would be there before anyone has to wait for them
+        yield from super().generate(requests, decoding)
+
+
+@pytest.mark.parametrize("is_over", [False, True])
+def test_a_run_that_is_told_to_end_leaves_a_checkpoint_that_reaches_the_same_weights(is_over):
+    config = configured(steps=7, evaluation={"every": 4, "num_prompts": 8})
+    whole = make_roles(config)
+    train(config, whole)
+    account, engine = Account(), Slow()
+    told = replace(make_roles(config, sampler=engine), ledger=account, generator=engine)
+    told = replace(told, weight_sync=Sync(told.learner, engine))
+    with pytest.raises(PreemptedError, match="was told to end"):
+        train(config, told, is_told_to_end=ToldToEnd(told.journal, 3, is_over))
+    done = 3 + is_over
+    weights, position, pending = told.checkpoints.saved[done]
+    assert max(told.checkpoints.saved) == done and done not in told.journal.evaluations
+    resumed = replace(make_roles(config), ledger=account)
+    resumed.learner.weights[:] = weights
+    resumed.prompts.seek(position)
+    account.mark("resumed", done)
+    train(config, resumed, done, pending=pending)
+    np.testing.assert_array_equal(resumed.learner.weights, whole.learner.weights)
+    assert resumed.journal.evaluations[7] == whole.journal.evaluations[7]
+    assert resumed.journal.evaluations[4] == whole.journal.evaluations[4], "a skipped evaluation is made up for"
+    assert audit(account.records).is_exact and audit(account.records).trained == 28
+
+
+def test_a_run_that_is_told_to_end_before_its_first_step_is_over_has_nothing_to_keep():
+    config, engine = configured(steps=3), Slow()
+    roles = make_roles(config, sampler=engine)
+    roles = replace(roles, generator=engine, weight_sync=Sync(roles.learner, engine))
+    with pytest.raises(PreemptedError):
+        train(config, roles, is_told_to_end=lambda: True)
+    assert not roles.checkpoints.saved
 
 
 def test_absent_roles_refuse_real_work():

@@ -141,7 +141,7 @@ def test_no_request_reads_what_other_weights_have_cached(bench: tuple[str, Bench
 def test_a_seeded_completion_does_not_depend_on_a_sync_of_the_same_weights(
     bench: tuple[str, Bench, list[Rollout]],
 ) -> None:
-    """Interrupted in the middle, a completion goes on with the random numbers that were next."""
+    """PreemptedError in the middle, a completion goes on with the random numbers that were next."""
     _, engine, _ = bench
     engine.sync(0, 10)
     whole = {item.key: item for item in engine.generator.generate(requests(4, 4, seed=3), DECODING)}

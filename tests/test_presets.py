@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from trace_rl.absent import AbsentLedger
 from trace_rl.actions import RowAction
 from trace_rl.batch import RoutedRollout, TrainingBatch
 from trace_rl.config.placement import Placement
@@ -152,7 +153,7 @@ def test_a_preset_takes_three_real_steps_and_lowers_its_loss(
     ready = preflight.check(config)
     folder = open_run_folder(config)
     journal = Recording(folder, config.logging, Display(Console(quiet=True), STEPS), [])
-    roles, _ = start_roles(ready, folder, journal)
+    roles, _ = start_roles(ready, folder, journal, AbsentLedger())
     try:
         train(ready.config, roles)
         records = [record for record in journal.history if "reward/mean" in record]

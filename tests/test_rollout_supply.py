@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
+from trace_rl.absent import AbsentLedger
 from trace_rl.batch import AnnotatedRollout, GradedRollout, Prompt, Rollout
 from trace_rl.config.run import RunConfig
 from trace_rl.data import RowSource
@@ -79,6 +80,7 @@ class Stages:
     encoder: PromptEncoder = field(default_factory=lambda: PromptEncoder(CharTokenizer(), "", {}))
     grader: Grader = field(default_factory=Grader)
     annotator: Annotator = field(default_factory=Annotator)
+    ledger: AbsentLedger = field(default_factory=AbsentLedger)
 
 
 class Numbered:
@@ -273,7 +275,7 @@ def test_nothing_is_left_running_at_the_end():
     sampler = Sampler()
     ahead = supply(sampler, late="drop", max_staleness=1, steps=9)
     assert at_once(sampler, ahead, 0, "p0", "p1") == ["p0", "p1"]
-    ahead.close()
+    ahead.close(3)
     assert not sampler.open
     assert not [thread for thread in threading.enumerate() if thread not in before and "rollouts" in thread.name]
 

@@ -1,4 +1,4 @@
-"""Stand-ins for the roles that a method without routes does not start; they refuse any real work."""
+"""Stand-ins for what a run goes without: roles of a method without routes refuse any real work, a ledger forgets."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from trace_rl.batch import AnnotatedRollout, GradedRollout, SpanClass, TeacherRequest, TeacherRows
+from trace_rl.protocols import Fate, Mark
 
 
 class AbsentAnnotator:
@@ -38,4 +39,17 @@ class AbsentTeacher:
         return None
 
     def load(self, path: Path) -> None:
+        return None
+
+
+class AbsentLedger:
+    """Nobody wants to know what becomes of the prompts."""
+
+    def note(self, fate: Fate, step: int, prompts: Mapping[str, str]) -> None:
+        return None
+
+    def mark(self, mark: Mark, step: int) -> None:
+        return None
+
+    def settle(self) -> None:
         return None

@@ -20,6 +20,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from trace_rl.config.watch import CollapseWatch
+from trace_rl.step_metrics import is_evaluation
 
 ENTROPY = "policy/entropy_nats"
 LENGTH = "response/length_mean_tokens"
@@ -96,8 +97,7 @@ class CollapseDetector:
             records: each with "step" beside its metrics; what else is in them is ignored.
         """
         for record in records:
-            is_evaluation = any(name.startswith("heldout/") for name in record)
-            observe = self.observe_evaluation if is_evaluation else self.observe_step
+            observe = self.observe_evaluation if is_evaluation(record) else self.observe_step
             observe(int(record["step"]), record)
 
     def metrics(self) -> dict[str, float]:

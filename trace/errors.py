@@ -75,6 +75,10 @@ class WorkerError(TraceError):
     """A role died or missed its deadline; the message names the role and the first cause."""
 
 
+class PreemptedError(TraceError):
+    """The run was told to end, and has kept what it had done."""
+
+
 def first_line(error: BaseException) -> str:
     """What a foreign error says, without the stacks and advice that some libraries put into their messages."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

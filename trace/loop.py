@@ -14,14 +14,15 @@ step k depends on.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from trace_rl.absent import AbsentLedger
 from trace_rl.batch import GradedRollout, Prompt, RoutedRollout, TokenFigures, TrainingBatch
 from trace_rl.collapse import CollapseDetector
 from trace_rl.config.run import RunConfig
 from trace_rl.diagnostics import Exposure, measured_step
-from trace_rl.errors import TrainingError, WeightSyncError
+from trace_rl.errors import PreemptedError, TrainingError, WeightSyncError
 from trace_rl.flops import TransformerShape
 from trace_rl.prompts import PromptEncoder
 from trace_rl.protocols import (
@@ -34,6 +35,7 @@ from trace_rl.protocols import (
     Journal,
     Learner,
     Metrics,
+    PromptLedger,
     PromptSource,
     Teacher,
     Utilisation,
@@ -41,7 +43,7 @@ from trace_rl.protocols import (
 )
 from trace_rl.rollout_supply import RolloutSupply
 from trace_rl.routing import keep_top_tokens, route_rollouts, teacher_views
-from trace_rl.step_metrics import rollout_metrics, route_metrics, staleness_metrics, teacher_metrics
+from trace_rl.step_metrics import is_evaluation, rollout_metrics, route_metrics, staleness_metrics, teacher_metrics
 from trace_rl.text_metrics import text_metrics
 from trace_rl.training_batch import Evidence, scored_tokens, training_batch
 
@@ -68,6 +70,7 @@ class Roles:
     utilisation: Utilisation
     journal: Journal
     checkpoints: Checkpoints
+    ledger: PromptLedger = field(default_factory=AbsentLedger)
     evaluation_sets: Mapping[str, Sequence[Prompt]] = field(default_factory=dict)
     """Name -> questions that are evaluated beside the held-out ones, as eval/NAME."""
 
@@ -78,36 +81,55 @@ def train(
     start_step: int = 0,
     history: Sequence[Mapping[str, float]] = (),
     pending: Sequence[Drawn] = (),
+    is_told_to_end: Callable[[], bool] = lambda: False,
 ) -> None:
     """Run steps `start_step` to `config.run.steps`, with evaluations and checkpoints on their way.
 
     Args:
         history: recorded metrics of the steps before `start_step`.
         pending: prompts that those steps had drawn and not trained on.
+        is_told_to_end: whether the run has to leave its place; asked while a step waits for rollouts, and after it.
 
     Raises:
         TrainingError: the run collapsed under its teacher and watch.action is stop; a checkpoint was written.
+        PreemptedError: the run was told to end; a checkpoint was written.
     """
     detector = CollapseDetector(config.watch)
     detector.feed(history)
     exposure = Exposure(config.logging.diagnostics_every, history)
-    supply = RolloutSupply(config, roles, pending)
+    supply = RolloutSupply(config, roles, pending, is_told_to_end)
     roles.weight_sync.sync(start_step)
-    if start_step == 0:
-        _evaluate_if_due(config, roles, detector, step=0)
+    if not any(is_evaluation(record) and record["step"] == start_step for record in history):
+        _evaluate_if_due(config, roles, detector, start_step)
     for step in range(start_step, config.run.steps):
-        metrics = _step(config, roles, supply, step)
+        try:
+            metrics = _step(config, roles, supply, step)
+        except PreemptedError:
+            if step > start_step:  # otherwise there is nothing new since the checkpoint
+                _checkpoint(roles, supply, step)
+            raise
         detector.observe_step(step, metrics)
         roles.journal.log_step(step, {**metrics, **exposure.add(metrics), **detector.metrics()})
         done = step + 1
-        collapse = _evaluate_if_due(config, roles, detector, done)
+        must_end = done < config.run.steps and is_told_to_end()
+        collapse = "" if must_end else _evaluate_if_due(config, roles, detector, done)
         is_last = done == config.run.steps or bool(collapse)
-        if is_last or (config.run.checkpoint_every and done % config.run.checkpoint_every == 0):
-            roles.checkpoints.save(done, roles.prompts.position(), supply.pending())
+        if is_last or must_end or (config.run.checkpoint_every and done % config.run.checkpoint_every == 0):
+            _checkpoint(roles, supply, done)
         if is_last:
-            supply.close()
+            supply.close(done)
+            roles.ledger.mark("ended", done)
+        roles.ledger.settle()
+        if must_end:
+            raise PreemptedError(f"the run was told to end after {done} steps, of which it has a checkpoint")
         if collapse:
             raise TrainingError(f"{collapse} The run was stopped (watch.action) with a checkpoint")
+
+
+def _checkpoint(roles: Roles, supply: RolloutSupply, step: int) -> None:
+    roles.checkpoints.save(step, roles.prompts.position(), supply.pending())
+    roles.ledger.mark("checkpoint", step)
+    roles.ledger.settle()
 
 
 def _step(config: RunConfig, roles: Roles, supply: RolloutSupply, step: int) -> dict[str, float]:
@@ -122,6 +144,7 @@ def _step(config: RunConfig, roles: Roles, supply: RolloutSupply, step: int) -> 
         routed, batch = _rank_and_weigh(config, roles, candidates, evidence, step)
         figures = _inspected(config, roles, batch)
         learner_metrics = _train_on(config, roles, batch)
+        roles.ledger.note("trained", step, taken.prompts)
     with journal.stage("sync"):
         supply.settle()
         sync_metrics = roles.weight_sync.sync(step + 1)

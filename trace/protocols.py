@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from trace_rl.batch import (
     AnnotatedRollout,
@@ -30,6 +30,11 @@ from trace_rl.batch import (
 )
 
 Metrics = Mapping[str, float]
+Fate = Literal["issued", "finished", "graded", "annotated", "trained", "dropped"]
+"""What becomes of a prompt. `finished`, `graded`, `annotated`: all of its completions were; `dropped`: given up on
+purpose."""
+Mark = Literal["started", "checkpoint", "resumed", "ended"]
+"""Of a run itself. `resumed`: it goes on after so many steps, whatever came after them; `ended`: all steps are done."""
 
 
 class PromptSource(Protocol):
@@ -175,6 +180,26 @@ class Journal(Protocol):
         Args:
             figures: of the rollouts that were measured, in any order.
         """
+        ...
+
+
+class PromptLedger(Protocol):
+    """Keeps account of every prompt (`trace_rl.ledger`); may be called by several threads."""
+
+    def note(self, fate: Fate, step: int, prompts: Mapping[str, str]) -> None:
+        """Args:
+        prompts: how each was drawn (`trace_rl.ledger.drawn_key`) -> its id.
+        """
+        ...
+
+    def mark(self, mark: Mark, step: int) -> None:
+        """Args:
+        step: training steps that are done.
+        """
+        ...
+
+    def settle(self) -> None:
+        """Return once what was noted is safe from a crash of the machine."""
         ...
 
 

@@ -17,16 +17,17 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 from trace_rl.batch import AnnotatedRollout, GradedRollout, Prompt, RolloutKey
 from trace_rl.config.run import RunConfig
-from trace_rl.errors import WorkerError
+from trace_rl.errors import PreemptedError, WorkerError
+from trace_rl.ledger import Passage, accounted
 from trace_rl.prompts import PromptEncoder
-from trace_rl.protocols import Annotator, Decoding, Drawn, Generator, Grader, Metrics, PromptSource
+from trace_rl.protocols import Annotator, Decoding, Drawn, Generator, Grader, Metrics, PromptLedger, PromptSource
 from trace_rl.routing import active_span_classes
 
 _LIVENESS_S = 1.0  # between two looks whether the threads that bring rollouts still live
@@ -51,6 +52,9 @@ class Stages(Protocol):
     @property
     def annotator(self) -> Annotator: ...
 
+    @property
+    def ledger(self) -> PromptLedger: ...
+
 
 @dataclass(frozen=True)
 class Taken:
@@ -60,6 +64,8 @@ class Taken:
     """Completions to train on; all those of a prompt, or none."""
     sampled: Sequence[GradedRollout]
     """Those, and complete groups that were replaced or given up since the step before."""
+    prompts: Mapping[str, str]
+    """Those of `annotated`, as a `PromptLedger` takes them."""
 
 
 @dataclass
@@ -99,11 +105,19 @@ class RolloutSupply:
 
     Args:
         pending: prompts that an earlier run had drawn and not trained on; they are sampled first.
+        is_told_to_end: asked about once a second while a step waits for its rollouts.
     """
 
-    def __init__(self, config: RunConfig, stages: Stages, pending: Iterable[Drawn] = ()) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        stages: Stages,
+        pending: Iterable[Drawn] = (),
+        is_told_to_end: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._config = config
         self._stages = stages
+        self._is_told_to_end = is_told_to_end
         self._size = config.sampling.prompts_per_step
         self._staleness = config.scheduling.max_staleness
         self._surplus = math.ceil(config.scheduling.oversampling_frac * self._size)
@@ -126,6 +140,7 @@ class RolloutSupply:
 
         Raises:
             TraceError: what a stage raised, now or since the step before.
+            PreemptedError: the run was told to end; what was admitted is `pending`.
         """
         self._replaces = self._may_replace(step)
         self._book_all()
@@ -136,7 +151,9 @@ class RolloutSupply:
                 self._admit(step, count)
                 rounds -= 1
             elif self._num_in_flight and not self._is_served(step):
-                self._wait()
+                if self._is_told_to_end():
+                    raise PreemptedError(f"the run was told to end while step {step} waited for its rollouts")
+                self._wait(_LIVENESS_S)
                 self._book_all()
             else:
                 return self._choose(step)
@@ -144,11 +161,13 @@ class RolloutSupply:
     def settle(self) -> None:
         """Wait for what is being sampled, where a sync must not find any (scheduling.partial = finish)."""
         while self._num_in_flight and self._config.scheduling.partial == "finish":
-            self._wait()
+            self._wait(_LIVENESS_S)
 
-    def close(self) -> None:
-        """End what is still being sampled, at the end of a run."""
-        self._give_up([group for group in self._groups.values() if not group.is_complete])
+    def close(self, step: int) -> None:
+        """End what is still being sampled, at the end of a run of so many steps; what is left counts as dropped."""
+        self._give_up(list(self._groups.values()))
+        self._stages.ledger.note("dropped", step, accounted((group.prompt, group.drawn) for group in self._left))
+        self._stages.ledger.note("dropped", step, accounted(self._put_off))
         for thread in self._threads.values():
             thread.join(_LAST_WAIT_S)
 
@@ -218,7 +237,7 @@ class RolloutSupply:
 
     def _admit(self, step: int, count: int) -> None:
         """Have up to `count` further prompts sampled: fewer where the source repeats prompts that are alive."""
-        chosen = self._draw(count)
+        chosen = self._draw(step, count)
         if not chosen:
             return
         wave = next(self._waves)
@@ -231,14 +250,17 @@ class RolloutSupply:
         prompts = [prompt for prompt, _ in chosen]
         requests = stages.encoder.requests(prompts, samples, self._config.run.seed, "train", step)
         decoding = Decoding(sampling.temperature, sampling.top_p, sampling.top_k)
-        graded = stages.grader.grade(stages.sampler.generate(requests, decoding))
+        passage = Passage(stages.ledger, step, {prompt.prompt_id: drawn for prompt, drawn in chosen}, samples)
+        finished = passage.note("finished", stages.sampler.generate(requests, decoding), lambda item: item)
+        graded = passage.note("graded", stages.grader.grade(finished), lambda item: item.rollout)
         classes = frozenset().union(*(active_span_classes(self._config, later) for later in self._steps_ahead(step)))
-        annotated = stages.annotator.annotate(graded, classes)
+        rollouts = stages.annotator.annotate(graded, classes)
+        annotated = passage.note("annotated", rollouts, lambda item: item.graded.rollout)
         thread = threading.Thread(target=self._pull, args=(wave, annotated), daemon=True, name=f"rollouts {wave}")
         self._threads[wave] = thread
         thread.start()
 
-    def _draw(self, count: int) -> list[tuple[Prompt, Drawn]]:
+    def _draw(self, step: int, count: int) -> list[tuple[Prompt, Drawn]]:
         """The next prompts: those that were put off first. One that is alive already is put off.
 
         Where enough are alive for a step, none is drawn beyond one that had to be put off, so that epochs stay epochs.
@@ -259,6 +281,7 @@ class RolloutSupply:
             asked = min(count - len(chosen), self._size)
             position = dict(source.position())
             offered = [(prompt, Drawn(position, asked, index)) for index, prompt in enumerate(source.take(asked))]
+            self._stages.ledger.note("issued", step, accounted(offered))
 
     def _pull(self, wave: int, annotated: Iterator[AnnotatedRollout]) -> None:
         try:
@@ -268,15 +291,14 @@ class RolloutSupply:
         except BaseException as error:  # raised again where the rollouts are taken
             self._events.put((wave, _End(error)))
 
-    def _wait(self) -> None:
-        """Book the next rollout; every stage bounds its own waits."""
-        while True:
-            is_alive = any(thread.is_alive() for thread in self._threads.values())
-            try:
-                return self._book(*self._events.get(timeout=_LIVENESS_S if is_alive else 0))
-            except Empty:
-                if not is_alive:
-                    raise WorkerError("the threads that bring rollouts ended without a word: report this") from None
+    def _wait(self, patience_s: float) -> None:
+        """Book the next rollout, if one comes in time; every stage bounds its own waits."""
+        is_alive = any(thread.is_alive() for thread in self._threads.values())
+        try:
+            self._book(*self._events.get(timeout=patience_s if is_alive else 0))
+        except Empty:
+            if not is_alive:
+                raise WorkerError("the threads that bring rollouts ended without a word: report this") from None
 
     def _book_all(self) -> None:
         """Book all rollouts that have come."""
@@ -323,10 +345,14 @@ class RolloutSupply:
         self._give_up(dropped)
         self._num_dropped = len(dropped)
         gone = {group.number: group for group in (*chosen, *self._left)}
+        taken = {group.number for group in chosen}
+        lost = [(group.prompt, group.drawn) for group in self._left if group.number not in taken]
+        self._stages.ledger.note("dropped", step, accounted(lost))
         self._left = []
         return Taken(
             annotated=[member for group in chosen for member in group.members],
             sampled=[member.graded for group in gone.values() if group.is_complete for member in group.members],
+            prompts=accounted((group.prompt, group.drawn) for group in chosen),
         )
 
     def _give_up(self, groups: Sequence[_Group]) -> None:
