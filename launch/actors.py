@@ -2,7 +2,8 @@
 
 Decides the order: actors are started together and waited for afterwards, so that their start-up overlaps; but a guest
 starts behind its hosts, and where engines and learner take turns on their GPUs the engines are asleep before the
-learner loads. A method without routes starts neither annotator nor teacher. What they are wired into is decided by
+learner loads. A method without routes starts neither annotator nor teacher. Roles that die are started again by Ray in
+their seats, but for the learner's ranks, and engines that take turns with them. What they are wired into is decided by
 `trace_rl.launch.roles`.
 """
 
@@ -74,10 +75,17 @@ def _start_engines(ready: Ready, seats: Seats, hosts: Mapping[str, Any]) -> dict
 def _start_others(ready: Ready, folder: Path, seats: Seats, started: Mapping[str, Any]) -> dict[str, Any]:
     """All roles but the policy's engines and the learner's ranks, which have been started."""
     config = ready.config
-    place = seats.place(REWARDER, started)
-    others = {REWARDER: actor_of(MathRewarder, place, max_concurrency=MAX_CONCURRENT_CALLS).remote(config.rewarder)}
+    restarts = config.placement.role_restarts
+    rewarder = actor_of(
+        MathRewarder,
+        seats.place(REWARDER, started),
+        max_concurrency=MAX_CONCURRENT_CALLS,
+        max_restarts=restarts,
+        max_task_retries=restarts,  # grading again gives the same verdict
+    )
+    others = {REWARDER: rewarder.remote(config.rewarder)}
     if config.needs_teacher:
-        teacher = actor_of(TeacherModel, seats.place(TEACHER, started))
+        teacher = actor_of(TeacherModel, seats.place(TEACHER, started), max_restarts=restarts)
         others[TEACHER] = teacher.remote(config.model, config.teacher, ready.vocab_size)
     if config.needs_annotator:
         setting = AnnotatorSetting(config, ready.tokenizer, ready.rule, ready.annotation_types, folder)
@@ -92,7 +100,8 @@ def _engine(index: int, ready: Ready, place: Place) -> Any:
     """An engine of the policy, whose weights come with the first sync."""
     config = ready.config
     num_open = (1 + config.scheduling.max_staleness) * config.algorithm.dynamic_sampling.max_rounds
-    return actor_of(GeneratorEngine, place, max_concurrency=ENGINE_THREADS + num_open).remote(
+    restarts = 0 if config.placement.mode == "colocated" else config.placement.role_restarts
+    return actor_of(GeneratorEngine, place, max_concurrency=ENGINE_THREADS + num_open, max_restarts=restarts).remote(
         index=index,
         model=config.model,
         settings=config.generator,
@@ -109,7 +118,8 @@ def _engine_of_teacher(ready: Ready, place: Place) -> Any:
     """An engine of the teacher's start weights, which are never synced: its weights are what it has loaded."""
     config = ready.config
     path = config.teacher.weights.start_path(config.model.path)
-    return actor_of(GeneratorEngine, place, max_concurrency=ENGINE_THREADS).remote(
+    restarts = config.placement.role_restarts
+    return actor_of(GeneratorEngine, place, max_concurrency=ENGINE_THREADS, max_restarts=restarts).remote(
         index=config.generator.num_engines,
         model=config.model.model_copy(update={"path": path}),
         settings=config.generator,

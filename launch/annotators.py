@@ -26,9 +26,6 @@ from trace_rl.workers.span_annotator import NO_KEY, SpanAnnotator, Surroundings
 from trace_rl.workers.token_reader import TokenReader, reader_of
 from trace_rl.workers.weight_sender import transfer_backend
 
-_MAX_RESTARTS = 3
-"""Deaths of the actor in a run that Ray makes good; after that its rollouts go without spans, and a warning says so."""
-
 
 @dataclass(frozen=True)
 class AnnotatorSetting:
@@ -56,9 +53,14 @@ def start_annotator(setting: AnnotatorSetting, policy_engines: Sequence[Any], se
     is_self = isinstance(config.annotator.backend.model, SelfAnnotation)
     engines = policy_engines if is_self else list(own.values())
     surroundings = surroundings_of(setting, engines, api_key(config.annotator.backend.model))
-    annotator = actor_of(SpanAnnotator, seats.place(ANNOTATOR, {}), max_restarts=_MAX_RESTARTS).remote(
-        reader_of(setting.tokenizer), config.annotator, setting.rule, surroundings
+    restarts = config.placement.role_restarts
+    actor = actor_of(
+        SpanAnnotator,
+        seats.place(ANNOTATOR, {}),
+        max_restarts=restarts,  # after that rollouts go without spans, and a warning says so
+        max_task_retries=restarts,  # answers that it had got are read from its cache
     )
+    annotator = actor.remote(reader_of(setting.tokenizer), config.annotator, setting.rule, surroundings)
     return {**own, ANNOTATOR: annotator}
 
 
@@ -105,7 +107,8 @@ def start_chat_engine(
         index: names the engine in errors.
         max_model_len: longest chat with its answer, in tokens.
     """
-    return actor_of(GeneratorEngine, place, max_concurrency=ENGINE_THREADS).remote(
+    restarts = config.placement.role_restarts
+    return actor_of(GeneratorEngine, place, max_concurrency=ENGINE_THREADS, max_restarts=restarts).remote(
         index=index,
         model=model,
         settings=settings,

@@ -17,9 +17,10 @@ from trace_rl.loop import Roles
 from trace_rl.off_policy import MixedGenerator, SolutionGenerator, TeacherGenerator
 from trace_rl.protocols import Annotator, Generator, PromptLedger, Teacher, WeightSync
 from trace_rl.workers.annotator import RayAnnotator
-from trace_rl.workers.generator import VllmGenerator
+from trace_rl.workers.generator import NoRecovery, Recovery, VllmGenerator
 from trace_rl.workers.idle import IdleMeter, IdleShares
 from trace_rl.workers.learner import DeepSpeedLearner
+from trace_rl.workers.revival import Lives
 from trace_rl.workers.rewarder import RayGrader
 from trace_rl.workers.teacher import RayTeacher
 from trace_rl.workers.turns import CanaryInTurns, LearnerInTurns, SyncInTurns
@@ -46,13 +47,17 @@ def start_roles(
     teacher_shapes: list[TransformerShape] = []
     idle: dict[str, Sequence[IdleMeter]] = {}
     if config.needs_teacher:
-        teacher = RayTeacher(handles[TEACHER], learner, config.teacher.weights, config.placement.step_timeout_s)
+        placement = config.placement
+        teacher = RayTeacher(
+            handles[TEACHER], learner, config.teacher.weights, placement.step_timeout_s, placement.start_timeout_s
+        )
         teacher_shapes = teacher.shapes()
         idle["teacher"] = [teacher.idle]
     if config.needs_annotator:
         annotator = RayAnnotator(handles[ANNOTATOR], config.annotator)
         idle["annotator"] = [annotator.idle]
-    generator = _generator(engines, config)
+    weight_sync, recovery = _weight_sync(ready, learner, actors)
+    generator = _generator(engines, config, recovery)
     sampler = _sampler(ready, generator, [handles[ENGINE_OF_TEACHER]] if config.sampling.source == "teacher" else [])
     grader = RayGrader(handles[REWARDER], config.rewarder)
     idle |= {"generator": generator.idle, "rewarder": [grader.idle], "learner": [actors.learner.idle]}
@@ -67,7 +72,7 @@ def start_roles(
         teacher=teacher,
         teacher_shapes=teacher_shapes,
         learner=learner,
-        weight_sync=_weight_sync(ready, learner, actors),
+        weight_sync=weight_sync,
         utilisation=IdleShares(idle),
         journal=journal,
         checkpoints=checkpoints,
@@ -77,18 +82,22 @@ def start_roles(
     return roles, checkpoints
 
 
-def _generator(engines: Sequence[Any], config: RunConfig) -> VllmGenerator:
+def _generator(engines: Sequence[Any], config: RunConfig, recovery: Recovery) -> VllmGenerator:
     # what is sampled ahead has the time of the steps that it is ahead of
     patience_s = config.placement.step_timeout_s * (1 + config.scheduling.max_staleness)
-    return VllmGenerator(engines, config.sampling.max_response_tokens, patience_s)
+    hands_over = not config.scheduling.is_synchronous  # a synchronous run waits, and stays the same to the last bit
+    return VllmGenerator(
+        engines, config.sampling.max_response_tokens, patience_s, recovery=recovery, hands_over=hands_over
+    )
 
 
 def _sampler(ready: Ready, generator: Generator, teacher_engines: Sequence[Any]) -> Generator:
     """Whose completions are trained on: those of sampling.source, or of the policy's generator for a share of them."""
-    sampling = ready.config.sampling
+    config, sampling = ready.config, ready.config.sampling
     sampler = generator
     if sampling.source == "teacher":
-        sampler = TeacherGenerator(_generator(teacher_engines, ready.config))
+        recovery = Lives(teacher_engines, config.placement.start_timeout_s)
+        sampler = TeacherGenerator(_generator(teacher_engines, config, recovery))
     elif sampling.source == "solutions":
         sampler = SolutionGenerator(ready.tokenizer, sampling.max_response_tokens)
     if sampling.off_policy_frac < 1:
@@ -96,8 +105,10 @@ def _sampler(ready: Ready, generator: Generator, teacher_engines: Sequence[Any])
     return sampler
 
 
-def _weight_sync(ready: Ready, learner: DeepSpeedLearner | LearnerInTurns, actors: Actors) -> WeightSync:
-    """The learner's way to the policy's engines, with proof."""
+def _weight_sync(
+    ready: Ready, learner: DeepSpeedLearner | LearnerInTurns, actors: Actors
+) -> tuple[WeightSync, Recovery]:
+    """The learner's way to the policy's engines, with proof, and how engines that died come back on it."""
     config, turns = ready.config, actors.turns
     source, backend = actors.learner, transfer_backend(config.sync, config.placement)
     transport: Transport = AdapterObjects(source)
@@ -105,7 +116,11 @@ def _weight_sync(ready: Ready, learner: DeepSpeedLearner | LearnerInTurns, actor
         transport = transport_of(source, config.sync, backend, config.generator.tensor_parallel)
     sequences = [*ready.canaries, *canary_sequences(len(ready.tokenizer))]
     if turns is None:
-        return ProvenWeightSync(source, transport, actors.engines, sequences, config.sync)
+        patience_s = config.placement.start_timeout_s
+        proven = ProvenWeightSync(
+            source, transport, actors.engines, sequences, config.sync, patience_s, actors.learner.lock
+        )
+        return proven, proven
     canary = CanaryInTurns(learner, turns)
-    proven = ProvenWeightSync(canary, transport, actors.engines, sequences, config.sync)
-    return SyncInTurns(proven, canary, sequences, turns)
+    in_turns = ProvenWeightSync(canary, transport, actors.engines, sequences, config.sync)
+    return SyncInTurns(in_turns, canary, sequences, turns), NoRecovery()

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,14 +13,15 @@ import ray
 import torch
 
 from trace_rl.annotation_prompts import Message
-from trace_rl.batch import Prompt, Rollout, RolloutRequest
+from trace_rl.batch import Prompt, Rollout, RolloutKey, RolloutRequest
 from trace_rl.config.roles import GeneratorSettings, Model
-from trace_rl.errors import WorkerError
+from trace_rl.errors import WeightSyncError, WorkerError
 from trace_rl.protocols import Decoding
 from trace_rl.workers.chat import ChatFault, ChatRequest
 from trace_rl.workers.generator import VllmGenerator, split_by_prompt
 from trace_rl.workers.generator_engine import GeneratorEngine
 from trace_rl.workers.generator_sampling import token_versions
+from trace_rl.workers.revival import Lives, new_life
 from trace_rl.workers.waiting import wait_for
 
 DECODING = Decoding(temperature=0.7)
@@ -221,22 +223,39 @@ def test_chats_that_cannot_be_answered_are_refused_and_the_engine_goes_on(
 
 
 class FakeEngine:
-    """Answers at once with one token a request; can die, hang, fail, lose requests or report any version."""
+    """Answers at once with one token a request; can die, hang, fail, lose requests or report any version.
 
-    def __init__(self, version: int = 0, behaviour: str = "well") -> None:
+    Args:
+        notes: a file that gets a line for each call: its process, and how much it was asked for.
+    """
+
+    def __init__(self, version: int = 0, behaviour: str = "well", notes: str = os.devnull) -> None:
         self._version = version
         self._behaviour = behaviour
+        self._notes = notes
+        self._life = new_life()
+
+    def life(self) -> str:
+        return self._life
 
     def generate(
         self, requests: Sequence[RolloutRequest], decoding: Decoding, max_tokens: int
     ) -> Iterator[list[Rollout]]:
+        is_first = not os.path.exists(self._notes)
+        with open(self._notes, "a") as file:
+            print(os.getpid(), len(requests), file=file)
         if self._behaviour == "dies":
             os._exit(1)
+        if self._behaviour == "unproven once" and is_first:
+            raise WeightSyncError("the engine was asked for rollouts while its weights are unproven")
         if self._behaviour == "hangs":
             time.sleep(600)
         if self._behaviour == "fails":
             raise MemoryError("no memory left for the KV cache")
-        for request in requests[1:] if self._behaviour == "loses" else requests:
+        for number, request in enumerate(requests[1:] if self._behaviour == "loses" else requests):
+            if number == 3 and self._behaviour == "dies once" and is_first:
+                time.sleep(0.3)  # what was yielded is on its way
+                os._exit(1)
             logprobs, versions = np.zeros(1, dtype=np.float32), np.array([self._version])
             yield [Rollout(request.prompt, request.sample, (40,), (1,), logprobs, "stop", versions, str(os.getpid()))]
 
@@ -266,12 +285,75 @@ def test_engines_share_the_work_and_keep_groups_together(local_ray: None) -> Non
         ("dies", "generator engine 1 died while"),
         ("hangs", r"before the deadline of 3 s .* generator engine 1 \(4 rollouts missing\)"),
         ("fails", "generator engine 1 failed while .*MemoryError: no memory left for the KV cache"),
-        ("loses", r"rollouts missing: \[0, 1\]"),
+        ("loses", "generator engine 1 ended with 1 rollouts missing"),
     ],
 )
 def test_a_bad_engine_is_named(local_ray: None, behaviour: str, message: str) -> None:
     with pytest.raises(WorkerError, match=message):
         generate_with((0, "well"), (0, behaviour), timeout_s=3 if behaviour == "hangs" else 30)
+
+
+class AnyLife:
+    """Every engine is always back."""
+
+    def life(self, index: int) -> str:
+        return ""
+
+    def recover(self, index: int, life: str) -> bool:
+        return True
+
+
+def survive(notes: Sequence[Path], behaviour: str, recovery: Any = None, **settings: Any) -> list[Rollout]:
+    """What 8 requests give where the second of two engines has a fault that passes."""
+    handles = [
+        ray.remote(FakeEngine).options(num_cpus=0.1, max_restarts=1).remote(0, each, str(file))
+        for each, file in zip(("well", behaviour), notes, strict=True)
+    ]
+    try:
+        recovery = recovery or Lives(handles, 60)
+        generator = VllmGenerator(handles, MAX_TOKENS, 30, recovery=recovery, **settings)
+        rollouts = list(generator.generate(make_requests(4, 2), DECODING))
+        assert {rollout.key for rollout in rollouts} == {
+            RolloutKey(request.prompt.prompt_id, request.sample) for request in make_requests(4, 2)
+        }
+        assert len(rollouts) == 8 and all(meter.num_open == 0 for meter in generator.idle)
+        return rollouts
+    finally:
+        for handle in handles:
+            ray.kill(handle)
+
+
+@pytest.mark.engine
+def test_an_engine_that_dies_does_all_of_its_work_again(local_ray: None, tmp_path: Path) -> None:
+    notes = [tmp_path / "0", tmp_path / "1"]
+    survive(notes, "dies once")
+    (well,), (before, after) = ([line.split() for line in file.read_text().splitlines()] for file in notes)
+    assert (well[1], before[1], after[1]) == ("4", "4", "4") and before[0] != after[0]
+
+
+@pytest.mark.engine
+def test_other_engines_take_over_what_a_dead_one_has_not_finished(local_ray: None, tmp_path: Path) -> None:
+    notes = [tmp_path / "0", tmp_path / "1"]
+    survive(notes, "dies once", hands_over=True)
+    own, taken_over = (int(line.split()[1]) for line in notes[0].read_text().splitlines())
+    assert own == 4 and 1 <= taken_over <= 4
+    assert [int(line.split()[1]) for line in notes[1].read_text().splitlines()] == [4]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("hands_over", [False, True])
+def test_an_engine_that_came_back_unseen_is_proven_before_it_is_asked_again(
+    local_ray: None, tmp_path: Path, hands_over: bool
+) -> None:
+    notes = [tmp_path / "0", tmp_path / "1"]
+    survive(notes, "unproven once", AnyLife(), hands_over=hands_over)
+    assert [int(line.split()[1]) for line in notes[1].read_text().splitlines()] == [4, 4]
+
+
+@pytest.mark.engine
+def test_engines_whose_weights_are_unproven_without_a_death_are_an_error(local_ray: None, tmp_path: Path) -> None:
+    with pytest.raises(WeightSyncError, match="weights are unproven"):
+        survive([tmp_path / "0", tmp_path / "1"], "unproven once")
 
 
 def test_shares_keep_prompts_together_and_are_balanced() -> None:

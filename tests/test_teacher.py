@@ -9,11 +9,12 @@ from trace_rl.batch import RolloutKey, TeacherRequest
 from trace_rl.config.roles import Model
 from trace_rl.config.teacher import Ema, External, Frozen, Live, Periodic, TrustRegion
 from trace_rl.config.teacher import Teacher as TeacherSettings
-from trace_rl.errors import CheckpointError, ModelError
+from trace_rl.errors import CheckpointError, DeadlineError, ModelError, WorkerError
 from trace_rl.flops import TransformerShape
 from trace_rl.states import BFLOAT16, states_tensor
 from trace_rl.token_layout import Padded
 from trace_rl.workers.policy_model import final_hidden
+from trace_rl.workers.revival import RestartedError
 from trace_rl.workers.teacher import RayTeacher, TeacherModel
 
 VOCAB = 97
@@ -112,19 +113,44 @@ def test_a_checkpoint_without_a_teacher_is_refused_by_name(teacher, tmp_path):
 
 
 class Actor:
-    """Answers like a Ray actor whose calls are done at once."""
+    """Answers like a Ray actor whose calls are done at once, and that dies as often as it is told to."""
 
     def __init__(self):
-        self.calls = []
+        self.calls, self.present_life, self.deaths, self.is_late = [], 0, [], False
 
-    def __getattr__(self, name):
+    @property
+    def in_life(self):
+        actor = self
+
         class Method:
             @staticmethod
-            def remote(*args):
-                self.calls.append(name)
-                return name
+            def remote(life, method, *args):
+                return actor.call(life, method)
 
         return Method
+
+    def call(self, life, method):
+        self.calls.append(method)
+        if method in self.deaths:
+            self.deaths.remove(method)
+            self.present_life += 1
+            return WorkerError("the teacher died")
+        if self.is_late:
+            return DeadlineError("the teacher did not finish scoring")
+        return method if life == self.present_life else RestartedError("the teacher was started again")
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Ray, as far as `Actor` needs it."""
+
+    def wait_for(answer, *_):
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("trace_rl.workers.teacher.wait_for", wait_for)
+    monkeypatch.setattr("trace_rl.workers.teacher.life_of", lambda actor, *_: actor.present_life)
 
 
 class Source:
@@ -151,8 +177,7 @@ class Source:
     ],
     ids=lambda value: getattr(value, "type", None),
 )
-def test_refresh_follows_the_weights_policy(monkeypatch, weights, copies, heads):
-    monkeypatch.setattr("trace_rl.workers.teacher.wait_for", lambda ref, *_: ref)
+def test_refresh_follows_the_weights_policy(at_once, weights, copies, heads):
     actor, source = Actor(), Source()
     teacher = RayTeacher(actor, source, weights, timeout_s=1.0)
     one = request(0, PROMPT, RESPONSE, [0])
@@ -165,14 +190,13 @@ def test_refresh_follows_the_weights_policy(monkeypatch, weights, copies, heads)
     assert actor.calls.count("load_bucket") == 2 * len(copies)
 
 
-def test_nothing_is_sent_without_requests():
+def test_nothing_is_sent_without_requests(at_once):
     actor = Actor()
     assert RayTeacher(actor, Source(), Periodic(), timeout_s=1.0).score([]) == []
     assert actor.calls == []
 
 
-def test_no_head_is_shipped_where_no_states_are_read(monkeypatch):
-    monkeypatch.setattr("trace_rl.workers.teacher.wait_for", lambda ref, *_: ref)
+def test_no_head_is_shipped_where_no_states_are_read(at_once):
     source = Source()
     teacher = RayTeacher(Actor(), source, Live(), timeout_s=1.0)
     teacher.refresh(0)
@@ -180,8 +204,65 @@ def test_no_head_is_shipped_where_no_states_are_read(monkeypatch):
     assert source.heads == 0
 
 
-def test_a_resumed_teacher_ships_its_head_again(monkeypatch, tmp_path):
-    monkeypatch.setattr("trace_rl.workers.teacher.wait_for", lambda ref, *_: ref)
+@pytest.mark.parametrize("weights", [Live(), Periodic(every=10), TrustRegion()], ids=lambda value: value.type)
+@pytest.mark.parametrize("dies_in", ["load_bucket", "score"])
+def test_a_teacher_that_dies_gets_the_policy_and_does_its_work_again(at_once, weights, dies_in):
+    actor, source = Actor(), Source()
+    teacher = RayTeacher(actor, source, weights, timeout_s=1.0)
+    teacher.refresh(0)
+    teacher.score([request(0, PROMPT, RESPONSE, [0])])
+    actor.calls.clear()
+    actor.deaths = [dies_in]
+    teacher.refresh(10)
+    assert teacher.score([request(0, PROMPT, RESPONSE, [0])]) == "score"
+    whole = ["load_bucket", "load_bucket"]
+    assert actor.calls == (["load_bucket", *whole, "head", "score"] if dies_in == "load_bucket" else
+                           [*whole, "head", "score", *whole, "head", "score"])  # fmt: skip
+
+
+def test_a_teacher_that_died_unseen_is_not_taken_for_the_one_before(at_once):
+    actor = Actor()
+    teacher = RayTeacher(actor, Source(), Live(), timeout_s=1.0)
+    teacher.refresh(0)
+    actor.present_life += 1
+    teacher.score([request(0, PROMPT, RESPONSE, [0])])
+    assert actor.calls == 2 * ["load_bucket", "load_bucket", "head", "score"]
+
+
+def test_start_weights_come_back_by_themselves(at_once):
+    actor = Actor()
+    teacher = RayTeacher(actor, Source(), Frozen(), timeout_s=1.0)
+    actor.deaths = ["score", "score"]
+    teacher.score([request(0, PROMPT, RESPONSE, [0])])
+    assert actor.calls == ["head", "score"] * 3
+
+
+@pytest.mark.parametrize("weights", [Periodic(every=10), Ema()], ids=lambda value: value.type)
+def test_a_copy_that_only_the_teacher_had_is_lost_with_it(at_once, weights):
+    actor = Actor()
+    teacher = RayTeacher(actor, Source(), weights, timeout_s=1.0)
+    teacher.refresh(0)
+    teacher.refresh(1)
+    actor.deaths = ["score"]
+    with pytest.raises(WorkerError, match=rf"the teacher died; its copy of the policy \(.*{weights.type}\) was in its"):
+        teacher.score([request(0, PROMPT, RESPONSE, [0])])
+
+
+def test_a_teacher_that_is_late_is_named_and_not_waited_for_again(at_once):
+    actor = Actor()
+    teacher = RayTeacher(actor, Source(), Frozen(), timeout_s=1.0)
+    actor.is_late = True
+    with pytest.raises(DeadlineError, match="did not finish scoring"):
+        teacher.score([request(0, PROMPT, RESPONSE, [0])])
+
+
+def test_the_actor_refuses_work_of_another_life(teacher):
+    assert teacher.in_life(teacher.life(), "ready") is True
+    with pytest.raises(RestartedError, match="was started again"):
+        teacher.in_life("another", "ready")
+
+
+def test_a_resumed_teacher_ships_its_head_again(at_once, tmp_path):
     source = Source()
     teacher = RayTeacher(Actor(), source, Periodic(every=10), timeout_s=1.0)
     one = request(0, PROMPT, RESPONSE, [0])

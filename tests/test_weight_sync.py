@@ -1,9 +1,11 @@
 """The weight sync on real engines with a Hugging Face model in an actor as the learner; and when it must refuse."""
 
 import os
+import queue
+import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,16 @@ import torch
 
 from trace_rl.batch import Prompt, Rollout, RolloutRequest
 from trace_rl.config.roles import GeneratorSettings, Model, Sync
-from trace_rl.errors import WeightSyncError
+from trace_rl.errors import MovedOnError, WeightSyncError
 from trace_rl.protocols import Decoding
 from trace_rl.workers.generator import VllmGenerator
 from trace_rl.workers.generator_engine import GeneratorEngine, WeightReceipt
+from trace_rl.workers.revival import new_life
 from trace_rl.workers.weight_digest import WeightDigest
 from trace_rl.workers.weight_file import keep_only, write_version
 from trace_rl.workers.weight_sender import WeightSender
 from trace_rl.workers.weight_sync import ProvenWeightSync, canary_sequences
-from trace_rl.workers.weight_transport import Broadcast, transport_of
+from trace_rl.workers.weight_transport import Broadcast, Transfer, transport_of
 from trace_rl.workers.weight_wire import (
     GlooGroup,
     TransferBackend,
@@ -241,7 +244,7 @@ class BreakableEngine(GeneratorEngine):
 
 
 def start_engines(folder: str, count: int, backend: TransferBackend = "gloo") -> list[Any]:
-    actor = ray.remote(BreakableEngine).options(num_cpus=1)
+    actor = ray.remote(BreakableEngine).options(num_cpus=1, max_restarts=2)
     model = Model(path=folder, dtype="float32")
     engines = [actor.remote(i, model, GeneratorSettings(), max_model_len=384, backend=backend) for i in range(count)]
     ray.get([engine.ready.remote() for engine in engines], timeout=180)
@@ -432,3 +435,119 @@ def test_shared_memory_and_files_bring_the_weights_too(
         assert sync.sync(version)["sync/canary_gap_max_nats"] < 1e-4
     ray.kill(engine)
     ray.kill(source.actor)
+
+
+def pid_of(engine: Any) -> int:
+    return ray.get(engine.__ray_call__.remote(lambda _: os.getpid()), timeout=60)
+
+
+def kill(engine: Any) -> None:
+    os.kill(pid_of(engine), signal.SIGKILL)
+
+
+@pytest.mark.engine
+def test_an_engine_that_dies_comes_back_with_proven_weights_and_the_very_same_samples(
+    engines: list[Any], source: ActorSource, caplog: pytest.LogCaptureFixture
+) -> None:
+    sync = ProvenWeightSync(source, Broadcast(source, SETTINGS), engines, CANARY, SETTINGS, restart_timeout_s=200)
+    generator = VllmGenerator(engines, 64, timeout_s=60, recovery=sync)
+    source.randomize(60)
+    sync.sync(60)
+    expected = {rollout.key: rollout for rollout in generator.generate(long_requests(32), Decoding(0.7))}
+    victim, life = pid_of(engines[1]), sync.life(1)
+    os.kill(victim, signal.SIGSTOP)  # or it would be done before it is killed
+    stream = generator.generate(long_requests(32), Decoding(0.7))
+    found = [next(stream)]
+    os.kill(victim, signal.SIGKILL)
+    found += stream
+    assert sync.life(1) != life
+    assert sorted(rollout.key for rollout in found) == sorted(expected)
+    for rollout in found:
+        assert rollout.token_ids == expected[rollout.key].token_ids
+        np.testing.assert_array_equal(rollout.rollout_logprobs, expected[rollout.key].rollout_logprobs)
+    # and where it dies before a sync, the sync waits for it
+    kill(engines[1])
+    source.randomize(61)
+    assert sync.sync(61)["sync/canary_gap_max_nats"] < 1e-4
+    assert "Weights of version 61 are sent again to all engines" in caplog.text
+    rollouts = list(generator.generate(long_requests(8), Decoding(0.7)))
+    assert sampled_gap(source, rollouts, 0.7) < 1e-4
+
+
+class SilentEngine:
+    """An engine as a sync sees it, without weights."""
+
+    def __init__(self) -> None:
+        self._life = new_life()
+
+    def life(self) -> str:
+        return self._life
+
+    def score(self, sequences: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
+        return [np.zeros(1) for _ in sequences]
+
+    def accept(self, version: int) -> str:
+        return self._life
+
+
+class TrainingLearner:
+    """A learner and its transport: refuses a version that it has sent before once it has trained."""
+
+    nbytes = 0
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[int, list[str]]] = []
+        self.has_trained = False
+
+    def canary_logprobs(self, sequences: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
+        return [np.zeros(1) for _ in sequences]
+
+    def connect(self, engines: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        return "nowhere", {}
+
+    def start(self, engines: Mapping[str, Any], version: int) -> Transfer:
+        has_moved_on = self.has_trained and self.sent and self.sent[-1][0] == version
+        self.sent.append((version, list(engines)))
+        if has_moved_on:
+            return Transfer({}, [refuse.remote()])
+        self.has_trained = False
+        return Transfer({name: ray.put(WeightReceipt(version, "d")) for name in engines}, [ray.put("d")])
+
+    def finish(self, version: int) -> dict[str, Any]:
+        return {}
+
+
+@ray.remote(num_cpus=0)
+def refuse() -> None:
+    raise MovedOnError("it has trained since")
+
+
+@pytest.mark.engine
+def test_an_engine_that_comes_back_while_the_learner_trains_joins_the_next_sync(local_ray: None) -> None:
+    engines = [ray.remote(SilentEngine).options(num_cpus=0, max_restarts=1).remote() for _ in range(2)]
+    learner = TrainingLearner()
+    sync = ProvenWeightSync(learner, learner, engines, CANARY, SETTINGS, restart_timeout_s=60)
+    sync.sync(7)
+    life = sync.life(1)
+    assert sync.recover(1, life) is False, "it never was away"
+    learner.has_trained = True
+    kill(engines[1])
+    outcome: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    threading.Thread(target=lambda: outcome.put(sync.recover(1, life)), daemon=True).start()
+    deadline = time.monotonic() + 60
+    while (7, ["generator engine 1"]) not in learner.sent:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert outcome.empty()
+    both = ["generator engine 0", "generator engine 1"]
+    sync.sync(8)
+    assert outcome.get(timeout=30) is True and sync.life(1) != life
+    assert (8, both) in learner.sent and (8, ["generator engine 1"]) not in learner.sent
+    # and where the learner waits, the engine alone is sent the version of the other
+    kill(engines[0])
+    assert sync.recover(0, sync.life(0)) is True
+    assert learner.sent[-1] == (8, ["generator engine 0"])
+    sync.sync(9)
+    assert learner.sent[-1] == (9, both)
+    for engine in engines:
+        ray.kill(engine)

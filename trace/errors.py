@@ -63,6 +63,14 @@ class WeightSyncError(TraceError):
     """An engine could not be proven to run the learner's weights."""
 
 
+class SyncDeadlineError(WeightSyncError):
+    """A weight sync missed its deadline; who is late may still live."""
+
+
+class MovedOnError(WeightSyncError):
+    """The learner was asked for a version of its weights that it holds no more."""
+
+
 class TrainingError(TraceError):
     """A training step cannot be trusted (non-finite loss or gradient)."""
 
@@ -73,6 +81,10 @@ class CheckpointError(TraceError):
 
 class WorkerError(TraceError):
     """A role died or missed its deadline; the message names the role and the first cause."""
+
+
+class DeadlineError(WorkerError):
+    """A role missed its deadline; it may still live."""
 
 
 class PreemptedError(TraceError):

@@ -41,6 +41,7 @@ from trace_rl.workers.generator_sampling import (
     token_versions,
 )
 from trace_rl.workers.generator_thread import Engine, EngineRequest, EngineThread
+from trace_rl.workers.revival import new_life
 from trace_rl.workers.weight_wire import TransferBackend, TransferGroup, WeightManifest, transport_gist
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ class GeneratorEngine:
         self._is_as_loaded = loaded_version is not None
         self._scheduling = scheduling
         self._was_proven = False
+        self._life = new_life()
         self._salt = "as loaded"
 
         def build() -> Engine:
@@ -127,6 +129,10 @@ class GeneratorEngine:
     def ready(self) -> str:
         """The engine's name, once it can be used."""
         return self._name
+
+    def life(self) -> str:
+        """See `trace_rl.workers.revival`; its weights are unproven at the beginning of each."""
+        return self._life
 
     def generate(
         self, requests: Sequence[RolloutRequest], decoding: Decoding, max_tokens: int
@@ -355,13 +361,14 @@ class GeneratorEngine:
             )
         return WeightReceipt(int(self._llm.get_weight_version()), digests[0])
 
-    def accept(self, version: int) -> None:
-        """Declare the weights proven, so that rollouts may be sampled."""
+    def accept(self, version: int) -> str:
+        """Declare the weights proven, so that rollouts may be sampled; returns the `life` in which they are."""
 
         def proven() -> None:
             self._proven_version, self._was_proven = version, True
 
         self._thread.run(proven)
+        return self._life
 
     def sleep(self, level: int) -> None:
         """Give the GPUs up until `wake`; chats give way.

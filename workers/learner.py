@@ -12,6 +12,7 @@ trusted is written to `dumps/` of the run folder before the error goes on.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from trace_rl.batch import TokenFigures, TokenStatistics, TrainingBatch
 from trace_rl.config.run import RunConfig
-from trace_rl.errors import ConfigError, TraceError, TrainingError, WorkerError
+from trace_rl.errors import ConfigError, DeadlineError, TraceError, TrainingError
 from trace_rl.objective import couples_tokens, merge_sums, objective_of, summarise
 from trace_rl.workers import checkpoint
 from trace_rl.workers.adapters import Adapter
@@ -105,6 +106,8 @@ class DeepSpeedLearner:
                 "(logging.diagnostics_every): ZeRO-3 never has a whole gradient"
             )
         self.idle = IdleMeter()
+        self.lock = threading.Lock()
+        """Held while the weights change; who sends them while others may train holds it too."""
         self._dumps = run_folder / "dumps"
         self._step_timeout_s = config.placement.step_timeout_s
         self._start_timeout_s = config.placement.start_timeout_s
@@ -126,7 +129,8 @@ class DeepSpeedLearner:
         """
         started = time.monotonic()
         try:
-            reports: list[StepReport] = self._all("train_step", ray.put(batch))
+            with self.lock:
+                reports: list[StepReport] = self._all("train_step", ray.put(batch))
         except TrainingError as error:
             raise TrainingError(f"{error}; the batch is in {self._dump(batch, str(error))}") from error
         sums: dict[str, float] = {}
@@ -294,11 +298,11 @@ class DeepSpeedLearner:
         return file
 
 
-def _late(calls: Mapping[int, Any], doing: str, timeout_s: float, setting: str) -> WorkerError:
+def _late(calls: Mapping[int, Any], doing: str, timeout_s: float, setting: str) -> DeadlineError:
     """The error on a missed deadline: which ranks are meant, and where their logs are."""
     names = ", ".join(str(rank) for rank in calls)
     places = "; ".join(f"rank {rank}: {place}" for rank, call in calls.items() if (place := whereabouts(call)))
-    return WorkerError(
+    return DeadlineError(
         f"learner rank {names} did not finish {doing} within {timeout_s:g} s ({setting}); look at the log, or raise "
         f"the deadline if the work is that long{places and f' ({places})'}"
     )

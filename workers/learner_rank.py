@@ -25,7 +25,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from trace_rl.batch import RolloutKey, TokenFigures, TokenStatistics, TrainingBatch, TrainingSequence
 from trace_rl.config.learner import LearnerSettings
 from trace_rl.config.roles import Model
-from trace_rl.errors import TrainingError
+from trace_rl.errors import MovedOnError, TrainingError
 from trace_rl.objective import Objective
 from trace_rl.workers.adapters import Adapter, adapter_config, add_adapters
 from trace_rl.workers.batch_runner import BatchRunner, StepReport
@@ -67,6 +67,8 @@ class LearnerRank:
         self._engine: deepspeed.DeepSpeedEngine
         self._sender: WeightSender | None = None
         self._failure = ""
+        self._sent_version: int | None = None
+        self._has_moved_on = False
 
     def open_store(self) -> tuple[str, int]:
         """Rank 0: open the rendezvous of the learner's process group on a port that the system picks."""
@@ -122,6 +124,7 @@ class LearnerRank:
             TrainingError: a loss or gradient is not finite, or the batch does not fit what the rank has been given.
         """
         self._refuse_after_failure("train")
+        self._has_moved_on = True
         try:
             return self._runner.train_step(batch)
         except BaseException as error:
@@ -161,7 +164,7 @@ class LearnerRank:
         Returns:
             Digest of what was sent; '' of a rank that does not send.
         """
-        self._refuse_after_failure(f"send its weights as version {version}")
+        self._begin_to_send(f"send its weights as version {version}", version)
         weights = self._full_weights()
         if self._sender is not None:
             return self._sender.send(weights)
@@ -176,7 +179,7 @@ class LearnerRank:
         Returns:
             Where they are, and their digest; of other ranks what they would be, and ''.
         """
-        self._refuse_after_failure(f"write its weights as version {version}")
+        self._begin_to_send(f"write its weights as version {version}", version)
         weights = self._full_weights()
         if self._rank == 0:
             return write_version(Path(folder), version, self._manifest, weights, self._spec.bucket_mib * 2**20)
@@ -191,7 +194,7 @@ class LearnerRank:
     @ray.method(num_returns=2)
     def export_adapter(self, version: int) -> tuple[Adapter, str]:
         """Copies of the adapters from rank 0, and their digest; collective."""
-        self._refuse_after_failure(f"send its adapters as version {version}")
+        self._begin_to_send(f"send its adapters as version {version}", version)
         adapter = self._adapter()
         return adapter, adapter.digest()
 
@@ -222,6 +225,7 @@ class LearnerRank:
         from trace_rl.workers import checkpoint
 
         checkpoint.check_layout(Path(folder), self._layout())
+        self._has_moved_on = True
         checkpoint.read_learner(Path(folder), self._engine, self._rank)
         self._failure = ""
 
@@ -267,6 +271,17 @@ class LearnerRank:
         return TCPStore(
             address, port, self._world_size, is_master=self._rank == 0, timeout=timeout, wait_for_workers=False
         )
+
+    def _begin_to_send(self, what: str, version: int) -> None:
+        """Raise where this version was sent before, to other engines, and the weights have changed since."""
+        self._refuse_after_failure(what)
+        if self._has_moved_on and version == self._sent_version:
+            if self._sender is not None:
+                self._sender.close()  # engines that wait for it see that instead of their deadline
+            raise MovedOnError(
+                f"learner rank {self._rank} cannot {what}, because it has trained since; send the next version"
+            )
+        self._sent_version, self._has_moved_on = version, False
 
     def _refuse_after_failure(self, what: str) -> None:
         if self._failure:

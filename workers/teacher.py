@@ -18,9 +18,10 @@ Rollouts without routed tokens are never sent, and sequences end behind their la
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -33,15 +34,21 @@ from trace_rl.batch import TeacherRequest, TeacherRows
 from trace_rl.config.roles import Model
 from trace_rl.config.teacher import Teacher as TeacherSettings
 from trace_rl.config.teacher import TeacherWeights
-from trace_rl.errors import CheckpointError, ModelError
+from trace_rl.errors import CheckpointError, DeadlineError, ModelError, TraceError, WorkerError
 from trace_rl.flops import TransformerShape
 from trace_rl.states import states_array
 from trace_rl.token_layout import Packed, Padded, predicting_positions
 from trace_rl.workers.idle import IdleMeter
 from trace_rl.workers.policy_model import final_hidden, head_weight, is_flash, load_policy, transformer_shape
+from trace_rl.workers.revival import RestartedError, life_of, new_life
 from trace_rl.workers.waiting import wait_for
 
+Result = TypeVar("Result")
+
+logger = logging.getLogger(__name__)
+
 _STATE_FILE = "teacher.safetensors"
+_NAME = "the teacher"
 _ROWS_PER_PRODUCT = 512
 """Rows that are projected to the vocabulary at a time: 0.3 GB in float32 for 152 000 entries."""
 
@@ -88,9 +95,24 @@ class TeacherModel:
             )
         moving = self._models[-1].named_parameters()  # tied weights once
         self._average = {n: v.float().cpu().clone() for n, v in moving} if settings.weights.is_average else {}
+        self._life = new_life()
 
     def ready(self) -> bool:
         return True
+
+    def life(self) -> str:
+        """See `trace_rl.workers.revival`; each begins with the start weights."""
+        return self._life
+
+    def in_life(self, life: str, method: str, *args: Any) -> Any:
+        """`method(*args)`.
+
+        Raises:
+            RestartedError: this is another life.
+        """
+        if life != self._life:
+            raise RestartedError("the teacher died and was started again")
+        return getattr(self, method)(*args)
 
     def shapes(self) -> list[TransformerShape]:
         """Of each model that a request runs through, with the part of its head that is used."""
@@ -208,49 +230,102 @@ class TeacherModel:
 
 
 class RayTeacher:
-    """The driver's side: implements `trace_rl.protocols.Teacher`."""
+    """The driver's side: implements `trace_rl.protocols.Teacher`.
 
-    def __init__(self, actor: ActorHandle, source: TeacherSource, weights: TeacherWeights, timeout_s: float) -> None:
+    A teacher that dies while it is refreshed or scores is waited for, is given the policy's weights where it had them,
+    and does its work again. What only it had, a copy of an earlier policy, cannot be given back: that is an error.
+
+    Args:
+        timeout_s: deadline of one call.
+        start_timeout_s: how long it is waited for where Ray starts it again.
+    """
+
+    def __init__(
+        self,
+        actor: ActorHandle,
+        source: TeacherSource,
+        weights: TeacherWeights,
+        timeout_s: float,
+        start_timeout_s: float = 300.0,
+    ) -> None:
         self._actor = actor
         self._source = source
         self._weights = weights
         self._timeout_s = timeout_s
+        self._start_timeout_s = start_timeout_s
         self._is_head_current = False
+        self._needs: Literal["nothing", "policy", "copy"] = "nothing"
+        """What it would have to be given in another life: the policy as it is now, or a copy of an earlier one."""
         self.idle = IdleMeter()
+        self._life = life_of(actor, _NAME, start_timeout_s)
 
     def shapes(self) -> list[TransformerShape]:
         """Of the models that every request runs through."""
-        return self._wait(self._actor.shapes.remote(), "counting its parameters")
+        return self._call("shapes", doing="counting its parameters")
 
     def refresh(self, step: int) -> bool:
         """Move the teacher's weights toward the policy's as their kind asks for, once before a step is scored."""
         rate = self._weights.rate_at(step)
+        if self._needs == "policy":  # which has changed since
+            self._needs = "copy"
         if rate == 0:
             return False
-        for bucket in self._source.export_state():
-            self._wait(self._actor.load_bucket.remote(bucket, rate), "loading the policy's weights")
-        self._is_head_current = False
+        if rate == 1:  # whatever it holds is replaced
+            self._needs = "nothing"
+        self._surviving(lambda: self._move(rate))
+        self._needs = "policy" if rate == 1 else "copy"
         return True
 
     def score(self, requests: Sequence[TeacherRequest]) -> list[TeacherRows]:
         """Score, and give the learner the head that belongs to the states when it has another one."""
-        if not requests:
-            return []
-        if not self._is_head_current and any("states" in request.outputs for request in requests):
-            self._source.set_teacher_head(self._actor.head.remote())
-            self._is_head_current = True
-        return self._wait(self._actor.score.remote(list(requests)), "scoring")
+        return self._surviving(lambda: self._score(requests)) if requests else []
 
     def save(self, path: Path) -> None:
-        self._wait(self._actor.save.remote(path), "saving its weights")
+        self._surviving(lambda: self._call("save", path, doing="saving its weights"))
 
     def load(self, path: Path) -> None:
-        self._wait(self._actor.load.remote(path), "loading its weights")
+        self._call("load", path, doing="loading its weights")
+        self._is_head_current = False
+        self._needs = "copy" if self._weights.depends_on == "history" else "nothing"
+
+    def _move(self, rate: float) -> None:
+        for bucket in self._source.export_state():
+            self._call("load_bucket", bucket, rate, doing="loading the policy's weights")
         self._is_head_current = False
 
-    def _wait(self, ref: Any, doing: str) -> Any:
+    def _score(self, requests: Sequence[TeacherRequest]) -> list[TeacherRows]:
+        if not self._is_head_current and any("states" in request.outputs for request in requests):
+            self._source.set_teacher_head(self._actor.in_life.remote(self._life, "head"))
+            self._is_head_current = True
+        rows: list[TeacherRows] = self._call("score", list(requests), doing="scoring")
+        return rows
+
+    def _surviving(self, work: Callable[[], Result]) -> Result:
+        """What work returns, done again as often as the teacher dies and comes back."""
+        while True:
+            try:
+                return work()
+            except DeadlineError:
+                raise
+            except TraceError as error:
+                if (life := life_of(self._actor, _NAME, self._start_timeout_s)) == self._life:
+                    raise
+                logger.warning("%s; it is back, and its work is done again", error)
+                self._life, self._is_head_current = life, False
+                self._restore(error)
+
+    def _restore(self, error: TraceError) -> None:
+        if self._needs == "policy":
+            self._surviving(lambda: self._move(1.0))
+        elif self._needs == "copy":
+            raise WorkerError(
+                f"{error}; its copy of the policy (teacher.weights.type = {self._weights.type}) was in its memory and "
+                "in the last checkpoint only"
+            ) from error
+
+    def _call(self, method: str, *args: Any, doing: str) -> Any:
         with self.idle.busy():
-            return wait_for(ref, self._timeout_s, "the teacher", doing)
+            return wait_for(self._actor.in_life.remote(self._life, method, *args), self._timeout_s, _NAME, doing)
 
 
 def _length(request: TeacherRequest) -> int:

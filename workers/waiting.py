@@ -20,7 +20,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from trace_rl.errors import TraceError, WorkerError
+from trace_rl.errors import DeadlineError, TraceError, WorkerError
 from trace_rl.workers.worker_logs import ANSI, RAISED, process_in, whereabouts, whereabouts_of_actor
 
 DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, WorkerCrashedError)
@@ -57,7 +57,7 @@ def worker_error(error: BaseException, suspect: str, doing: str) -> TraceError:
     return WorkerError(f"{suspect} died while {doing}: {fate}")
 
 
-def late_error(reference: Any, suspect: str, doing: str, timeout_s: float) -> WorkerError:
+def late_error(reference: Any, suspect: str, doing: str, timeout_s: float) -> DeadlineError:
     """The error on a missed deadline.
 
     Args:
@@ -65,7 +65,7 @@ def late_error(reference: Any, suspect: str, doing: str, timeout_s: float) -> Wo
         doing: may end with the setting of the deadline, in brackets.
     """
     place = whereabouts(reference)
-    return WorkerError(
+    return DeadlineError(
         f"{suspect} did not finish {doing} within {timeout_s:g} s"
         + (f" ({place})" if place else "; its log tells more")
     )

@@ -191,11 +191,13 @@ class WeightSender:
         """
         if self._link is None:
             raise WeightSyncError("the weight sender was asked to send before it was connected; call connect first")
-        digest = WeightDigest()
+        digest, weights = WeightDigest(), iter(named_weights)
         try:
-            self._link.send(self.manifest, announced(self.manifest, named_weights), digest)
+            self._link.send(self.manifest, announced(self.manifest, weights), digest)
         except BaseException:
             self.close()  # receivers that wait for the rest see the connection close instead of their deadline
+            for _ in weights:  # other ranks gather to the end
+                pass
             raise
         return digest.hexdigest()
 

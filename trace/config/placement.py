@@ -41,6 +41,9 @@ class Placement(Section):
     """How long a cluster is waited for that has not got the resources of all roles (an autoscaler may need longer)."""
     start_timeout_s: float = Field(300.0, gt=0)
     """Deadline for each role to be ready; all of them start at the same time."""
+    role_restarts: int = Field(10, ge=0)
+    """How often in a run each engine, the teacher, the rewarder and the annotator are started again in their place when
+    they die; their work is done again. What the learner has to do with is for run.max_restarts."""
     step_timeout_s: float = Field(3600.0, gt=0)
     """Deadline of one stage of one step."""
     generator: Resources = Resources()
