@@ -10,7 +10,7 @@ their seats, but for the learner's ranks, and engines that take turns with them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from trace_rl.launch.annotators import AnnotatorSetting, start_annotator
 from trace_rl.launch.placement import ENGINE_OF_TEACHER, REWARDER, TEACHER, engine_role, plan_placement, rank_role
 from trace_rl.launch.preflight import Ready
 from trace_rl.launch.seats import Place, Seats, actor_of, take_seats
+from trace_rl.workers import heartbeat
 from trace_rl.workers.generator_engine import ENGINE_THREADS, GeneratorEngine
 from trace_rl.workers.learner import DeepSpeedLearner, learner_spec, rank_actors
 from trace_rl.workers.rewarder import MAX_CONCURRENT_CALLS, MathRewarder
@@ -39,6 +40,10 @@ class Actors:
     learner: DeepSpeedLearner
     turns: Turns | None
     """Of engines and learner on the same GPUs; None where each has its own."""
+    board: Any
+    """Where all of them give signs of life (`trace_rl.workers.heartbeat`)."""
+    ranks: Mapping[str, Any]
+    """The learner's, by role."""
 
 
 def start_actors(ready: Ready, folder: Path) -> Actors:
@@ -49,7 +54,11 @@ def start_actors(ready: Ready, folder: Path) -> Actors:
             names it and the first cause.
     """
     config = ready.config
-    seats = take_seats(plan_placement(config), config.placement)
+    board, name = heartbeat.open_board()
+    seats = replace(
+        take_seats(plan_placement(config), config.placement),
+        signs=lambda role: heartbeat.variables(name, role, config.health.heartbeat_every_s),
+    )
     places = [seats.place(rank_role(rank), {}) for rank in range(config.learner.world_size)]
     ranks = rank_actors(learner_spec(config, seats.is_one_machine), [place.options() for place in places])
     started: dict[str, Any] = {rank_role(rank): actor for rank, actor in enumerate(ranks)}
@@ -63,7 +72,8 @@ def start_actors(ready: Ready, folder: Path) -> Actors:
     others = _start_others(ready, folder, seats, started)
     learner = DeepSpeedLearner(config, folder, ranks)
     _wait_until_ready({**engines, **others}, config.placement.start_timeout_s)
-    return Actors({**engines, **others}, list(engines.values()), learner, turns)
+    by_role = {rank_role(rank): actor for rank, actor in enumerate(ranks)}
+    return Actors({**engines, **others}, list(engines.values()), learner, turns, board, by_role)
 
 
 def _start_engines(ready: Ready, seats: Seats, hosts: Mapping[str, Any]) -> dict[str, Any]:

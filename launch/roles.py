@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from trace_rl.absent import AbsentAnnotator, AbsentTeacher
@@ -10,7 +11,7 @@ from trace_rl.config.run import RunConfig
 from trace_rl.flops import TransformerShape
 from trace_rl.launch.actors import Actors, start_actors
 from trace_rl.launch.journal import RunJournal
-from trace_rl.launch.placement import ANNOTATOR, ENGINE_OF_TEACHER, REWARDER, TEACHER
+from trace_rl.launch.placement import ANNOTATOR, ENGINE_OF_TEACHER, REWARDER, TEACHER, engine_role
 from trace_rl.launch.preflight import Ready
 from trace_rl.launch.run_folder import RunCheckpoints, RunFolder
 from trace_rl.loop import Roles
@@ -18,6 +19,7 @@ from trace_rl.off_policy import MixedGenerator, SolutionGenerator, TeacherGenera
 from trace_rl.protocols import Annotator, Generator, PromptLedger, Teacher, WeightSync
 from trace_rl.workers.annotator import RayAnnotator
 from trace_rl.workers.generator import NoRecovery, Recovery, VllmGenerator
+from trace_rl.workers.heartbeat import HeartbeatWatch
 from trace_rl.workers.idle import IdleMeter, IdleShares
 from trace_rl.workers.learner import DeepSpeedLearner
 from trace_rl.workers.revival import Lives
@@ -29,9 +31,28 @@ from trace_rl.workers.weight_sync import ProvenWeightSync, canary_sequences
 from trace_rl.workers.weight_transport import AdapterObjects, Transport, transport_of
 
 
-def start_roles(
-    ready: Ready, folder: RunFolder, journal: RunJournal, ledger: PromptLedger
-) -> tuple[Roles, RunCheckpoints]:
+@dataclass(frozen=True)
+class Crew:
+    """Everyone who takes part in a run, as its parts need them."""
+
+    roles: Roles
+    checkpoints: RunCheckpoints
+    watch: HeartbeatWatch
+    """To be entered for the time of the run."""
+
+
+@dataclass(frozen=True)
+class _Figures:
+    """Implements `trace_rl.protocols.Utilisation`: what is counted of all roles."""
+
+    idle: IdleShares
+    watch: HeartbeatWatch
+
+    def metrics(self) -> dict[str, float]:
+        return self.idle.metrics() | self.watch.metrics()
+
+
+def start_roles(ready: Ready, folder: RunFolder, journal: RunJournal, ledger: PromptLedger) -> Crew:
     """Start every role that the configured method needs, and wait until all of them are ready.
 
     Raises:
@@ -61,6 +82,7 @@ def start_roles(
     sampler = _sampler(ready, generator, [handles[ENGINE_OF_TEACHER]] if config.sampling.source == "teacher" else [])
     grader = RayGrader(handles[REWARDER], config.rewarder)
     idle |= {"generator": generator.idle, "rewarder": [grader.idle], "learner": [actors.learner.idle]}
+    watch = _watch(config, actors, recovery)
     checkpoints = RunCheckpoints(folder, learner, teacher, config.run.keep_checkpoints)
     roles = Roles(
         prompts=ready.prompts,
@@ -73,13 +95,22 @@ def start_roles(
         teacher_shapes=teacher_shapes,
         learner=learner,
         weight_sync=weight_sync,
-        utilisation=IdleShares(idle),
+        utilisation=_Figures(IdleShares(idle), watch),
         journal=journal,
         checkpoints=checkpoints,
         ledger=ledger,
         evaluation_sets=ready.evaluation_sets,
     )
-    return roles, checkpoints
+    return Crew(roles, checkpoints, watch)
+
+
+def _watch(config: RunConfig, actors: Actors, recovery: Recovery) -> HeartbeatWatch:
+    indices = {engine_role(index): index for index in range(len(actors.engines))}
+
+    def is_proven(role: str, life: str) -> bool:
+        return role not in indices or recovery.life(indices[role]) == life
+
+    return HeartbeatWatch(actors.board, {**actors.handles, **actors.ranks}, config.health, is_proven)
 
 
 def _generator(engines: Sequence[Any], config: RunConfig, recovery: Recovery) -> VllmGenerator:

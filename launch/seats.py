@@ -10,7 +10,7 @@ that grows, or whose resources others hold, is waited for at most placement.reso
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,8 @@ class Seats:
     """Whether all bundles lie on one machine, so that actors may talk over its loopback interface."""
     patience_s: float
     """How long a host may take to say which GPUs it has: it may have to start first."""
+    signs: Callable[[str], Mapping[str, str]] = lambda role: {}
+    """Environment by which a role gives signs of life."""
 
     def place(self, role: str, started: Mapping[str, Any]) -> Place:
         """The place of a role.
@@ -77,7 +79,8 @@ class Seats:
         """
         seat = self.plan.seats[role]
         gpus = None if seat.num_gpus else ",".join(self._gpus_of(host, started[host]) for host in seat.hosts)
-        return Place(seat, self.group, environment.of_role(gpus and gpus.strip(","), self.is_one_machine))
+        variables = environment.of_role(gpus and gpus.strip(","), self.is_one_machine)
+        return Place(seat, self.group, {**variables, **self.signs(role)})
 
     def give_back(self) -> None:
         """Let others have the seats; actors that are left end. The end of the driver does the same."""

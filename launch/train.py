@@ -116,11 +116,12 @@ def _train(run: _Run, attempt: Attempt, preemption: Preemption) -> None:
     ready, folder, display = run.ready, run.folder, run.display
     started = time.monotonic()
     display.stage("starting the roles")
-    roles, checkpoints = start_roles(ready, folder, run.journal, run.ledger)
+    crew = start_roles(ready, folder, run.journal, run.ledger)
+    roles = crew.roles
     display.note(f"all roles ready after {time.monotonic() - started:.0f} s")
     progress = Progress(0, {}, ())
     if (ready.config.run.resume == "auto" or attempt.number) and folder.complete_checkpoints():
-        progress = checkpoints.load_newest()
+        progress = crew.checkpoints.load_newest()
         try:
             roles.prompts.seek(progress.position)
         except KeyError as error:
@@ -134,7 +135,8 @@ def _train(run: _Run, attempt: Attempt, preemption: Preemption) -> None:
     trim_metrics(folder, progress.step)
     run.ledger.mark("resumed" if progress.step or attempt.number else "started", progress.step)
     attempt.has_begun = True
-    train(ready.config, roles, progress.step, run.journal.history, progress.pending, preemption.is_asked)
+    with crew.watch:
+        train(ready.config, roles, progress.step, run.journal.history, progress.pending, preemption.is_asked)
 
 
 @contextmanager

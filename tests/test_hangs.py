@@ -96,7 +96,7 @@ class Crew:
         self._config = ready.config
         self._journal = StoppingJournal(self._folder, config.logging, Display(Console(quiet=True), 1), [])
         self._journal.victims, self._journal.stopped = {}, []
-        self.roles, _ = start_roles(ready, self._folder, self._journal, AbsentLedger())
+        self.roles = start_roles(ready, self._folder, self._journal, AbsentLedger()).roles
         self._next = 0
 
     def step(self, **victims: Callable[[], int]) -> dict[str, float]:

@@ -28,8 +28,12 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PRESETS = sorted(file.stem for file in (CONFIGS / "methods").glob("*.yaml"))
-VARIANTS = {"trace_all_token", "trace_asymmetric", "trace_inverted", "trace_no_label", "trace_random"}
-"""Ablations of trace_fkl by a selector, a template or a context that has tests of its own: with the slow tests."""
+COVERED = {
+    *("cispo", "dr_grpo", "opd", "opsd", "reinforce_pp_baseline", "sft", "srpo", "tip"),
+    *("trace_all_token", "trace_asymmetric", "trace_fkl", "trace_inverted", "trace_no_label", "trace_random"),
+    *("trace_reproduction", "trace_rkl"),
+}
+"""Presets all parts of which run in another one, or in the tests of the whole pipeline: with the slow tests."""
 STEPS = 3
 REPEATS = 4
 SMALL = [
@@ -138,7 +142,7 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "preset", [pytest.param(name, marks=[pytest.mark.slow] if name in VARIANTS else []) for name in PRESETS]
+    "preset", [pytest.param(name, marks=[pytest.mark.slow] if name in COVERED else []) for name in PRESETS]
 )
 def test_a_preset_takes_three_real_steps_and_lowers_its_loss(
     preset: str, shared: Shared, other_model: Path, tmp_path: Path
@@ -153,7 +157,7 @@ def test_a_preset_takes_three_real_steps_and_lowers_its_loss(
     ready = preflight.check(config)
     folder = open_run_folder(config)
     journal = Recording(folder, config.logging, Display(Console(quiet=True), STEPS), [])
-    roles, _ = start_roles(ready, folder, journal, AbsentLedger())
+    roles = start_roles(ready, folder, journal, AbsentLedger()).roles
     try:
         train(ready.config, roles)
         records = [record for record in journal.history if "reward/mean" in record]

@@ -29,6 +29,7 @@ from trace_rl.config.roles import GeneratorSettings, Model
 from trace_rl.config.scheduling import Scheduling
 from trace_rl.errors import TraceError, WeightSyncError, WorkerError
 from trace_rl.protocols import Decoding
+from trace_rl.workers import heartbeat
 from trace_rl.workers.adapters import Adapter
 from trace_rl.workers.chat import ChatAnswer, ChatFault, ChatRequest
 from trace_rl.workers.generator_chat import ChatFormat, chat_params
@@ -125,6 +126,7 @@ class GeneratorEngine:
 
         self._thread = EngineThread(self._name, build)
         self._chats = ChatFormat(self._name, self._tokenizer, model.chat_template_kwargs, max_model_len)
+        heartbeat.begin(self._life)
 
     def ready(self) -> str:
         """The engine's name, once it can be used."""

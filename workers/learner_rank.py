@@ -27,9 +27,11 @@ from trace_rl.config.learner import LearnerSettings
 from trace_rl.config.roles import Model
 from trace_rl.errors import MovedOnError, TrainingError
 from trace_rl.objective import Objective
+from trace_rl.workers import heartbeat
 from trace_rl.workers.adapters import Adapter, adapter_config, add_adapters
 from trace_rl.workers.batch_runner import BatchRunner, StepReport
 from trace_rl.workers.ranks import Ranks
+from trace_rl.workers.revival import new_life
 from trace_rl.workers.weight_file import keep_only, write_version
 from trace_rl.workers.weight_sender import WeightSender
 from trace_rl.workers.weight_wire import TransferBackend, TransferGroup, WeightManifest, free_address
@@ -69,6 +71,7 @@ class LearnerRank:
         self._failure = ""
         self._sent_version: int | None = None
         self._has_moved_on = False
+        heartbeat.begin(new_life())
 
     def open_store(self) -> tuple[str, int]:
         """Rank 0: open the rendezvous of the learner's process group on a port that the system picks."""

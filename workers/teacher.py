@@ -38,6 +38,7 @@ from trace_rl.errors import CheckpointError, DeadlineError, ModelError, TraceErr
 from trace_rl.flops import TransformerShape
 from trace_rl.states import states_array
 from trace_rl.token_layout import Packed, Padded, predicting_positions
+from trace_rl.workers import heartbeat
 from trace_rl.workers.idle import IdleMeter
 from trace_rl.workers.policy_model import final_hidden, head_weight, is_flash, load_policy, transformer_shape
 from trace_rl.workers.revival import RestartedError, life_of, new_life
@@ -96,6 +97,7 @@ class TeacherModel:
         moving = self._models[-1].named_parameters()  # tied weights once
         self._average = {n: v.float().cpu().clone() for n, v in moving} if settings.weights.is_average else {}
         self._life = new_life()
+        heartbeat.begin(self._life)
 
     def ready(self) -> bool:
         return True

@@ -33,6 +33,14 @@ _OURS = re.compile(r"^trace_rl\.errors\.\w+: ")  # the sentences of these stand 
 _CLASS = re.compile(r"^\tclass_name: (\w+)", re.MULTILINE)
 
 
+_verdicts: dict[str, str] = {}
+
+
+def condemn(actor: Any, fate: str) -> None:
+    """Note why an actor is about to be killed, in the words that errors on its death will use."""
+    _verdicts[actor._actor_id.hex()] = fate
+
+
 def first_cause(error: BaseException) -> BaseException:
     """The exception that was raised inside the actor, below Ray's wrapping."""
     while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
@@ -96,6 +104,8 @@ def _place(said: str, cause: BaseException) -> str:
 
 def _fate(death: BaseException) -> str:
     """How a process ended, in a person's words instead of Ray's."""
+    if verdict := _verdicts.get(getattr(death, "actor_id", None) or ""):
+        return verdict
     said = ANSI.sub("", str(death))
     process = process_in(said)
     if getattr(death, "actor_init_failed", False):

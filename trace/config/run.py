@@ -14,6 +14,7 @@ from trace_rl.annotators import Frozen, Static
 from trace_rl.config.algorithm import Algorithm, Method
 from trace_rl.config.annotator import Annotator
 from trace_rl.config.base import Section
+from trace_rl.config.health import Health
 from trace_rl.config.learner import LearnerSettings
 from trace_rl.config.placement import Placement
 from trace_rl.config.roles import (
@@ -51,6 +52,7 @@ class RunConfig(Section):
     learner: LearnerSettings = LearnerSettings()
     sync: Sync = Sync()
     placement: Placement = Placement()
+    health: Health = Health()
     evaluation: Evaluation = Evaluation()
     watch: CollapseWatch = CollapseWatch()
     logging: Logging = Logging()

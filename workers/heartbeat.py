@@ -1,0 +1,154 @@
+"""Signs of life: every role's process gives one every few seconds, and the driver acts where they stop.
+
+A thread in each process tells a board, an actor of its own, that it is there. A process that was stopped, that thrashes
+or that holds Python's lock tells nothing, nor does one whose node is cut off; one that waits for others tells, and is
+bounded by the deadlines of its callers. The driver reads the board; a role that is mute is killed, whereupon whoever
+waits for it finds it dead and acts as for any death. Which state a role is in is decided by `trace_rl.workers.health`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+
+from trace_rl.config.health import Health
+from trace_rl.workers.health import State, follow, heard
+from trace_rl.workers.waiting import condemn
+
+logger = logging.getLogger(__name__)
+
+_VARIABLE = "TRACE_RL_HEARTBEAT"
+_READ_S = 30.0
+
+
+class Board:
+    """Who gave a sign of life when; made an actor by `open_board`."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, tuple[float, str]] = {}
+
+    def beat(self, role: str, life: str) -> None:
+        """A role is there, in this life."""
+        self._last[role] = time.monotonic(), life
+
+    def read(self) -> dict[str, tuple[float, str]]:
+        """Role -> (seconds since its last sign, its life)."""
+        now = time.monotonic()
+        return {role: (now - at, life) for role, (at, life) in self._last.items()}
+
+
+def open_board() -> tuple[Any, str]:
+    """The board of a run, beside its driver, and the name by which roles find it."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    name = f"heartbeats-{uuid.uuid4().hex}"
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    options = {"name": name, "num_cpus": 0, "max_restarts": -1, "scheduling_strategy": here}
+    return ray.remote(Board).options(**options).remote(), name
+
+
+def variables(board: str, role: str, every_s: float) -> dict[str, str]:
+    """Environment by which the process of a role knows whom to tell what."""
+    return {_VARIABLE: f"{board}|{role}|{every_s:g}"}
+
+
+def begin(life: str) -> None:
+    """Give signs of life from now on, where the environment says so; called by an actor once it has been made."""
+    told = os.environ.get(_VARIABLE)
+    if told:
+        board, role, every_s = told.split("|")
+        threading.Thread(target=_beat, args=(board, role, float(every_s), life), daemon=True, name="heartbeat").start()
+
+
+def _beat(name: str, role: str, every_s: float, life: str) -> None:
+    board: Any = None
+    while True:
+        try:
+            board = board or ray.get_actor(name)
+            board.beat.remote(role, life)
+        except (RayError, ValueError):  # it is being started again
+            board = None
+        time.sleep(every_s)
+
+
+class HeartbeatWatch:
+    """`with HeartbeatWatch(...):` reads the board and kills who is mute.
+
+    Args:
+        actors: by role. Those that have never given a sign are not judged: their start has a deadline of its own.
+        is_proven: whether a role may be used in this life; an engine may once its weights are proven.
+    """
+
+    def __init__(
+        self, board: Any, actors: Mapping[str, Any], settings: Health, is_proven: Callable[[str, str], bool]
+    ) -> None:
+        self._board = board
+        self._actors = dict(actors)
+        self._settings = settings
+        self._is_proven = is_proven
+        self._states: dict[str, State] = dict.fromkeys(actors, "healthy")
+        self._lives: dict[str, str] = {}
+        self._restarts = 0
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="heartbeat watch")
+
+    def __enter__(self) -> HeartbeatWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._is_over.set()
+        self._thread.join(_READ_S)
+
+    def metrics(self) -> dict[str, float]:
+        """How many roles are not healthy, and how many were started again so far."""
+        states = list(self._states.values())
+        return {
+            "health/not_healthy_roles": float(len(states) - states.count("healthy")),
+            "health/restarts": float(self._restarts),
+        }
+
+    def _watch(self) -> None:
+        while not self._is_over.wait(self._settings.heartbeat_every_s):
+            try:
+                signs: dict[str, tuple[float, str]] = ray.get(self._board.read.remote(), timeout=_READ_S)
+            except (RayError, GetTimeoutError):  # the board itself was lost; roles tell its successor
+                continue
+            for role, (silent_s, life) in signs.items():
+                if role in self._states and not self._is_over.is_set():
+                    self.judge(role, silent_s, life)
+
+    def judge(self, role: str, silent_s: float, life: str) -> None:
+        """Move a role to its next state, and act on it."""
+        settings, before = self._settings, self._states[role]
+        event = heard(silent_s, settings.suspect_after_s, settings.dead_after_s)
+        state = follow(before, event)
+        if self._lives.setdefault(role, life) != life:
+            state = follow(follow(state, "lost"), "back")
+            self._restarts += 1
+            logger.warning("%s died and was started again", role)
+        self._lives[role] = life
+        if state == "syncing" and self._is_proven(role, life):
+            state = follow(state, "proven")
+        self._states[role] = state
+        if state == "suspect" and before == "healthy":
+            logger.warning("%s has given no sign of life for %.0f s", role, silent_s)
+        if state == "quarantined" and before != "quarantined":
+            sentence = (
+                f"it gave no sign of life for {silent_s:.0f} s (health.dead_after_s is {settings.dead_after_s:g}) and "
+                "was killed"
+            )
+            logger.warning("%s: %s", role, sentence)
+            condemn(self._actors[role], sentence)
+            ray.kill(self._actors[role], no_restart=False)
