@@ -1,8 +1,8 @@
 """Ray for a run: a private one on this machine, or a running cluster that is named explicitly.
 
-A private Ray has its own folder and asks for a token that only this run knows (`environment.protect_private_ray`). The
-token is what protects it: Ray listens on the node's own address whatever it is told. At the end it is shut down, and
-its workers' logs are kept in the run folder. A cluster that was joined is only left: Ray ends the actors of the run and
+A private Ray listens on the loopback interface and asks for a token that only this run knows
+(`environment.protect_private_ray`); its folder can be entered by this user alone. At the end it is shut down, and its
+workers' logs are kept in the run folder. A cluster that was joined is only left: Ray ends the actors of the run and
 gives its placement group back. Actors get their environment one by one (`trace_rl.launch.seats`).
 """
 
@@ -87,7 +87,8 @@ def _check_listening(address: str) -> None:
 def _private_ray(config: Asks, log_folder: Path) -> Iterator[None]:
     import ray
 
-    folder = Path(tempfile.mkdtemp(prefix="trace-rl-"))  # not in the run folder: socket paths must stay short
+    closed = Path(tempfile.mkdtemp(prefix="trace-rl-"))  # not in the run folder: socket paths must stay short
+    folder = closed / "ray"  # Ray opens this one, with its sockets and logs, to every user of the machine
     try:
         ray.init(
             address="local",
@@ -99,7 +100,7 @@ def _private_ray(config: Asks, log_folder: Path) -> Iterator[None]:
             _temp_dir=str(folder),
         )
     except Exception as error:  # Ray has no class of its own for a node that is late
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(closed, ignore_errors=True)
         raise WorkerError(f"a private Ray could not be started on this machine: {error}") from error
     worker_logs.keep_in(log_folder)
     try:
@@ -107,7 +108,7 @@ def _private_ray(config: Asks, log_folder: Path) -> Iterator[None]:
     finally:
         end_ray()
         _keep_worker_logs(folder, log_folder)
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(closed, ignore_errors=True)
 
 
 def _keep_worker_logs(ray_folder: Path, log_folder: Path) -> None:
