@@ -22,6 +22,7 @@ from trace_rl.config.placement import Placement
 from trace_rl.errors import WorkerError, first_line
 from trace_rl.launch.ending import end_ray
 from trace_rl.workers import worker_logs
+from trace_rl.workers.log_redaction import redact_file
 
 logger = logging.getLogger(__name__)
 
@@ -112,8 +113,8 @@ def _private_ray(config: Asks, log_folder: Path) -> Iterator[None]:
 
 
 def _keep_worker_logs(ray_folder: Path, log_folder: Path) -> None:
-    """Copy what the workers printed; Ray's own logs are not worth keeping."""
+    """Copy what the workers printed, without secrets; Ray's own logs are not worth keeping."""
     for log in ray_folder.glob("session_*/logs/worker-*"):
         if log.is_file() and log.stat().st_size and not log.is_symlink():
             log_folder.mkdir(parents=True, exist_ok=True)
-            shutil.copy(log, log_folder / log.name)
+            redact_file(log, log_folder / log.name)

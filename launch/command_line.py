@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich.console import Console
 
 from trace_rl.errors import TraceError
 from trace_rl.workers import environment
+from trace_rl.workers.log_redaction import redactor
 
 
 def prepare_imports() -> None:
@@ -33,7 +35,8 @@ def is_override(text: str) -> bool:
 
 @contextmanager
 def explained(interrupted: str = "") -> Iterator[None]:
-    """Print an error that a user can act on as its sentence, without a stack, and exit with 1.
+    """Print an error that a user can act on as its sentence, any other with its stack, both without secrets, and exit
+    with 1.
 
     Args:
         interrupted: what is said on Ctrl-C; without it Ctrl-C is left alone.
@@ -46,9 +49,15 @@ def explained(interrupted: str = "") -> Iterator[None]:
         if not interrupted:
             raise
         fail(interrupted)
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception:
+        sys.stderr.write(redactor().redact(traceback.format_exc()))
+        raise typer.Exit(1) from None
 
 
 def fail(sentence: str) -> NoReturn:
     """Print a sentence as an error and exit with 1."""
-    Console(stderr=True).print(f"error: {sentence}", markup=False, highlight=False, soft_wrap=True, style="red")
+    told = redactor().redact(f"error: {sentence}")
+    Console(stderr=True).print(told, markup=False, highlight=False, soft_wrap=True, style="red")
     raise typer.Exit(1)

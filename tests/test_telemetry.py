@@ -67,7 +67,8 @@ def test_what_a_user_asks_for_stays_on(tmp_path_factory: pytest.TempPathFactory)
 @pytest.mark.parametrize("gpus", [None, "", "0,1"])
 def test_every_role_is_told_the_same_as_the_driver(gpus: str | None) -> None:
     of_role = environment.of_role(gpus, is_one_machine=False)
-    assert {name: of_role.get(name) for name in ASKED_FOR} == {
+    of_driver = environment.variables()
+    assert {name: of_role.get(name) for name in ASKED_FOR} == {name: of_driver[name] for name in ASKED_FOR}
         name: environment.variables()[name] for name in ASKED_FOR
     }
 
