@@ -239,7 +239,6 @@ def evaluate(
     with explained("interrupted; samples that are finished are stored, and the same command goes on"):
         environment.apply()
         from trace_rl.launch.evaluate.arguments import read_arguments
-
         from trace_rl.overlays import dump_config
         from trace_rl.secrecy import refuse_secrets
 

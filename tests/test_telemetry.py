@@ -69,8 +69,6 @@ def test_every_role_is_told_the_same_as_the_driver(gpus: str | None) -> None:
     of_role = environment.of_role(gpus, is_one_machine=False)
     of_driver = environment.variables()
     assert {name: of_role.get(name) for name in ASKED_FOR} == {name: of_driver[name] for name in ASKED_FOR}
-        name: environment.variables()[name] for name in ASKED_FOR
-    }
 
 
 def test_commands_can_still_set_what_libraries_read_when_they_are_imported() -> None:

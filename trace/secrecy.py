@@ -21,7 +21,7 @@ _MIN_CHARACTERS = 8
 _FORMS = re.compile(
     r"\b(?:sk-[\w-]{20,}|hf_\w{20,}|gh[oprsu]_\w{30,}|github_pat_\w{30,}|glpat-[\w-]{20,}|AKIA[0-9A-Z]{16}"
     r"|AIza[\w-]{35}|xox[abprs]-[\w-]{10,}|wandb_v1_\w{20,}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]+)"
-    r"|(?<=[Bb]earer )[\w.~+/=-]{16,}"
+    r"|(?<=[Bb]earer )[\w.~+/=-]{16,}|(?<=uthorization: Basic )[\w+/=-]+"
 )
 _IN_ADDRESS = re.compile(r"(?<=://)[^\s/@:]*:[^\s/@]+(?=@)")
 

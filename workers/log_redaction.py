@@ -1,8 +1,8 @@
 """Log records without secrets, in every process of a run, whichever library makes them.
 
 Decides where records are cleaned: where they are made, so that no handler, formatter or forwarded exception sees more.
-What a secret is says `trace_rl.secrecy`. What a process prints past logging is not touched here; the launcher cleans the
-workers' logs that it keeps (`redact_file`).
+What a secret is says `trace_rl.secrecy`. What a process prints past logging is not touched here; the launcher cleans
+the workers' logs that it keeps (`redact_file`).
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def install() -> None:
 def redact_file(source: Path, target: Path) -> None:
     """Copy a text file line by line without secrets."""
     hidden = redactor()
-    with source.open(encoding="utf-8", errors="surrogateescape", newline="") as lines:
-        with target.open("w", encoding="utf-8", errors="surrogateescape", newline="") as out:
-            out.writelines(map(hidden.redact, lines))
+    as_it_is: Any = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+    with source.open(**as_it_is) as lines, target.open("w", **as_it_is) as out:
+        out.writelines(map(hidden.redact, lines))
 
 
 @dataclass(frozen=True)
