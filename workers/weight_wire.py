@@ -170,7 +170,7 @@ def open_store(address: str, port: int, rank: int, world_size: int, timeout_s: f
     Raises:
         RuntimeError: rank 0 cannot have the port, or another rank does not reach it in time.
     """
-    listening: dict[str, int] = {}
+    listening: int | None = None
     if rank == 0:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         try:
@@ -178,9 +178,17 @@ def open_store(address: str, port: int, rank: int, world_size: int, timeout_s: f
         except OSError as error:
             raise RuntimeError(f"port {port} of {address} cannot be listened on: {error.strerror}") from error
         port = server.getsockname()[1]
-        listening["master_listen_fd"] = server.detach()
+        listening = server.detach()
     timeout = timedelta(seconds=timeout_s)
-    return TCPStore(address, port, world_size, rank == 0, timeout=timeout, wait_for_workers=False, **listening)
+    return TCPStore(
+        address,
+        port,
+        world_size,
+        is_master=rank == 0,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=listening,
+    )
 
 
 class GlooGroup:
