@@ -170,3 +170,9 @@ def test_a_process_that_imports_a_role_is_clean_and_a_stack_of_a_command_too() -
     assert done.returncode != 0
     assert "it is [MY_TOKEN]" in done.stderr and "KeyError: '[MY_TOKEN]'" in done.stderr
     assert SECRET not in done.stdout + done.stderr
+
+
+def test_an_address_with_a_password_is_refused_before_it_is_printed() -> None:
+    done = CliRunner().invoke(app, ["jobs", "status", "--address", f"http://user:{SECRET}@127.0.0.1:9"])
+    assert done.exit_code == 1 and "--address holds a user or a password" in done.output
+    assert SECRET not in done.output
