@@ -25,12 +25,13 @@ setup: $(EDITABLE)  ## make .venv with everything in it; does nothing when it is
 demo: setup  ## train the built-in arithmetic model with TRACE and watch it get better (CONFIG=... for another run)
 	$(BIN)/trace-rl train $(CONFIG)
 
-check: setup  ## lint, format, types, floors
+check: setup  ## lint, format, types, floors, and the locks against their review
 	$(BIN)/ruff check $(wildcard $(TARGETS))
 	$(BIN)/ruff format --check $(wildcard $(TARGETS))
 	$(BIN)/python launch/setup/view.py
 	cd build/view && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p trace_rl
 	cd build/view && ../../$(BIN)/lint-imports
+	$(BIN)/python launch/setup/audit.py
 
 test: setup  ## every test that is not marked slow
 	$(BIN)/python -m pytest -m "not slow"

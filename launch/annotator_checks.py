@@ -17,6 +17,7 @@ from trace_rl.errors import ConfigError, DataError
 from trace_rl.launch.model_files import load_tokenizer, max_positions, resolve_model
 from trace_rl.rule_annotators import read_recording
 from trace_rl.workers.generator_engine import CHAT_THREADS
+from trace_rl.workers.log_redaction import conceal
 from trace_rl.workers.span_annotator import NO_KEY
 
 
@@ -46,6 +47,7 @@ def api_key(settings: LanguageModel | None) -> SecretStr:
     """
     if not isinstance(settings, Api) or not settings.api_key_env:
         return NO_KEY
+    conceal(settings.api_key_env)
     key = os.environ.get(settings.api_key_env, "").strip()
     if not key:
         raise ConfigError(

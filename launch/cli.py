@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -238,8 +239,11 @@ def evaluate(
     with explained("interrupted; samples that are finished are stored, and the same command goes on"):
         environment.apply()
         from trace_rl.launch.evaluate.arguments import read_arguments
+        from trace_rl.overlays import dump_config
+        from trace_rl.secrecy import refuse_secrets
 
         config, checkpoints = read_arguments(arguments, sets)
+        refuse_secrets(dump_config(config), os.environ)
         if config.placement.ray_address == "local":
             environment.protect_private_ray()
         from trace_rl.launch.evaluate.command import evaluate as run
@@ -255,9 +259,12 @@ def split_arguments(arguments: list[str]) -> tuple[list[Path], list[str]]:
 
 def _load(arguments: list[str]) -> RunConfig:
     prepare_imports()
-    from trace_rl.overlays import load_config
+    from trace_rl.overlays import dump_config, load_config
+    from trace_rl.secrecy import refuse_secrets
 
-    return load_config(*split_arguments(arguments))
+    config = load_config(*split_arguments(arguments))
+    refuse_secrets(dump_config(config), os.environ)
+    return config
 
 
 def _config_beside(rollouts: Path) -> Path:

@@ -1,8 +1,8 @@
 """Ray for a run: a private one on this machine, or a running cluster that is named explicitly.
 
-A private Ray has its own folder and asks for a token that only this run knows (`environment.protect_private_ray`). The
-token is what protects it: Ray listens on the node's own address whatever it is told. At the end it is shut down, and
-its workers' logs are kept in the run folder. A cluster that was joined is only left: Ray ends the actors of the run and
+A private Ray listens on the loopback interface and asks for a token that only this run knows
+(`environment.protect_private_ray`); its folder can be entered by this user alone. At the end it is shut down, and its
+workers' logs are kept in the run folder. A cluster that was joined is only left: Ray ends the actors of the run and
 gives its placement group back. Actors get their environment one by one (`trace_rl.launch.seats`).
 """
 
@@ -22,6 +22,7 @@ from trace_rl.config.placement import Placement
 from trace_rl.errors import WorkerError, first_line
 from trace_rl.launch.ending import end_ray
 from trace_rl.workers import worker_logs
+from trace_rl.workers.log_redaction import redact_file
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,8 @@ def _check_listening(address: str) -> None:
 def _private_ray(config: Asks, log_folder: Path) -> Iterator[None]:
     import ray
 
-    folder = Path(tempfile.mkdtemp(prefix="trace-rl-"))  # not in the run folder: socket paths must stay short
+    closed = Path(tempfile.mkdtemp(prefix="trace-rl-"))  # not in the run folder: socket paths must stay short
+    folder = closed / "ray"  # Ray opens this one, with its sockets and logs, to every user of the machine
     try:
         ray.init(
             address="local",
@@ -99,7 +101,7 @@ def _private_ray(config: Asks, log_folder: Path) -> Iterator[None]:
             _temp_dir=str(folder),
         )
     except Exception as error:  # Ray has no class of its own for a node that is late
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(closed, ignore_errors=True)
         raise WorkerError(f"a private Ray could not be started on this machine: {error}") from error
     worker_logs.keep_in(log_folder)
     try:
@@ -107,12 +109,12 @@ def _private_ray(config: Asks, log_folder: Path) -> Iterator[None]:
     finally:
         end_ray()
         _keep_worker_logs(folder, log_folder)
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(closed, ignore_errors=True)
 
 
 def _keep_worker_logs(ray_folder: Path, log_folder: Path) -> None:
-    """Copy what the workers printed; Ray's own logs are not worth keeping."""
+    """Copy what the workers printed, without secrets; Ray's own logs are not worth keeping."""
     for log in ray_folder.glob("session_*/logs/worker-*"):
         if log.is_file() and log.stat().st_size and not log.is_symlink():
             log_folder.mkdir(parents=True, exist_ok=True)
-            shutil.copy(log, log_folder / log.name)
+            redact_file(log, log_folder / log.name)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from rich.console import Console
 from trace_rl.errors import PreemptedError, TraceError
 from trace_rl.launch import preemption
 from trace_rl.workers import environment
+from trace_rl.workers.log_redaction import redactor
 
 
 def prepare_imports() -> None:
@@ -34,7 +36,8 @@ def is_override(text: str) -> bool:
 
 @contextmanager
 def explained(interrupted: str = "") -> Iterator[None]:
-    """Print an error that a user can act on as its sentence, without a stack, and exit with 1.
+    """Print an error that a user can act on as its sentence, any other with its stack, both without secrets, and exit
+    with 1.
 
     Args:
         interrupted: what is said on Ctrl-C; without it Ctrl-C is left alone.
@@ -49,9 +52,15 @@ def explained(interrupted: str = "") -> Iterator[None]:
         if not interrupted:
             raise
         fail(interrupted)
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception:
+        sys.stderr.write(redactor().redact(traceback.format_exc()))
+        raise typer.Exit(1) from None
 
 
 def fail(sentence: str, exit_code: int = 1) -> NoReturn:
     """Print a sentence as an error and exit."""
-    Console(stderr=True).print(f"error: {sentence}", markup=False, highlight=False, soft_wrap=True, style="red")
+    told = redactor().redact(f"error: {sentence}")
+    Console(stderr=True).print(told, markup=False, highlight=False, soft_wrap=True, style="red")
     raise typer.Exit(exit_code)

@@ -12,7 +12,7 @@ from trace_rl.config.run import RunConfig
 from trace_rl.data import ArithmeticSource, RowSource, read_jsonl, split_heldout, to_prompts
 from trace_rl.errors import DataError, first_line
 from trace_rl.launch.model_files import EMBEDDED
-from trace_rl.launch.saved_datasets import open_saved
+from trace_rl.launch.saved_datasets import open_saved, without_media
 from trace_rl.protocols import ErrorRule, PromptSource
 from trace_rl.tasks.arithmetic import ArithmeticRule
 from trace_rl.tasks.equations import EquationRule
@@ -110,7 +110,7 @@ def _load_from_hub(name: str, split: str) -> Any:
     from datasets import load_dataset
 
     try:
-        return load_dataset(name, split=split)
+        return without_media(load_dataset(name, split=split))
     except (OSError, ValueError) as error:
         raise DataError(
             f"data set {name!r} (split {split!r}) does not load from the hub ({first_line(error)}); without network "

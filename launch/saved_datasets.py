@@ -1,4 +1,4 @@
-"""Opens a data set that datasets.save_to_disk has written."""
+"""Opens a data set that datasets.save_to_disk has written, and leaves out what of a data set is no text."""
 
 from __future__ import annotations
 
@@ -28,7 +28,18 @@ def open_saved(folder: Path, split: str, setting: str, instead: str) -> Any:
             "instead"
         ) from error
     if not isinstance(dataset, DatasetDict):
-        return dataset
+        return without_media(dataset)
     if split not in dataset:
         raise DataError(f"{folder} has no split {split!r}, only {', '.join(dataset)}; set {setting}")
-    return dataset[split]
+    return without_media(dataset[split])
+
+
+def without_media(dataset: Any) -> Any:
+    """A data set without its columns of images, sounds and the like.
+
+    Reading a row would decode them, by opening whatever file or address the data name, on this machine.
+    """
+    from datasets.features.features import require_decoding
+
+    media = [name for name, feature in (dataset.features or {}).items() if require_decoding(feature)]
+    return dataset.remove_columns(media)

@@ -43,7 +43,7 @@ class Host:
         from trace_rl.workers import deepspeed_engine
 
         self._rank = LearnerRank(spec, self._number)
-        self._store = self._rank._store = self._store or self._rank._connect_store(*address)
+        self._store = self._rank._store = self._store or self._rank._open_store(*address)
         manifest = self._rank.start(*address)
         deepspeed_engine.join_process_group = lambda *_: None  # the process stays in the groups that it joined
         shared = self._rank._runner._ranks.sequence_group

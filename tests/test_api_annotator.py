@@ -1,6 +1,7 @@
 """The HTTP client against a server on loopback: what is sent, what servers make of it, deadlines, and the key."""
 
 import asyncio
+import base64
 import json
 import os
 import socket
@@ -318,6 +319,33 @@ def test_a_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ConfigError, match="no HTTP proxy") as caught:
         chat("https://nowhere.invalid/v1")
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["http://nowhere.invalid/v1", "https://nowhere.invalid/v1"])
+def test_the_password_of_a_proxy_is_in_no_error(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a proxy that refuses every request with what it was sent, and by one that is not there."""
+    password = "swordfish-1"
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        sent = await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: %d\r\n\r\n" % len(sent) + sent)
+        writer.close()
+
+    async def main() -> list[str]:
+        server = await asyncio.start_server(refuse, "127.0.0.1", 0)
+        told = []
+        for port in (server.sockets[0].getsockname()[1], 9):
+            monkeypatch.setenv(f"{url.partition(':')[0]}_proxy", f"http://user:{password}@127.0.0.1:{port}")
+            client = chat(url)
+            told += [repr(fault) for fault in await outcomes(client, [REQUEST])]
+            await client.close()
+        server.close()
+        return told
+
+    told = asyncio.run(main())
+    assert "407" in told[0] and "cannot be reached" in told[1], told
+    secrets = (password, "user:", base64.b64encode(f"user:{password}".encode()).decode())
+    assert not [text for text in told if any(secret in text for secret in secrets)]
 
 
 @pytest.mark.parametrize("key", [f"{KEY}\n", f" {KEY}", "schlüssel-xyz", "two\r\nX-Header: 1"])

@@ -279,6 +279,8 @@ def test_a_kuberay_cluster_asks_for_a_token_and_fits_the_lock(name: str, kind: s
         (container,) = pod["containers"]
         volumes = {volume["name"] for volume in pod["volumes"]}
         assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+        names = {variable["name"] for variable in container["env"]}
+        assert "ANNOTATOR_API_KEY" in names  # the driver, which reads it, is on the head unless a job says otherwise
         for variable in container["env"]:  # a value in clear is no secret
             assert "valueFrom" in variable or variable["name"] == "RAY_USAGE_STATS_ENABLED"
 

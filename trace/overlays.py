@@ -23,6 +23,7 @@ from pydantic import BaseModel, ValidationError
 from trace_rl.config.base import Kind
 from trace_rl.config.run import RunConfig
 from trace_rl.errors import ConfigError
+from trace_rl.secrecy import Redactor, literal_secret_in
 
 Path_ = tuple[str, ...]
 PlaceOf = Callable[[Mapping[str, Any], str], str]
@@ -178,16 +179,39 @@ def load_as(schema: type[Schema], files: Sequence[Path], overrides: Iterable[str
     return _validated(schema, layers)
 
 
-def dump_config(config: RunConfig) -> str:
-    """The resolved configuration as YAML that `load_config` reads back to an equal RunConfig."""
+def dump_config(config: BaseModel) -> str:
+    """A resolved configuration as YAML, which is read back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json", serialize_as_any=True), sort_keys=False, allow_unicode=True)
 
 
 def _validated(schema: type[Schema], layers: Layers) -> Schema:
     try:
-        return schema.model_validate(layers.tree)
+        found = schema.model_validate(layers.tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(problem, layers) for problem in error.errors())) from None
+        problems = "\n".join(_explain(problem, layers) for problem in error.errors())
+        raise ConfigError(Redactor({}).redact(problems)) from None
+    _refuse_literal_secrets(layers.tree, (), layers)
+    return found
+
+
+def _refuse_literal_secrets(value: Any, keys: Path_, layers: Layers) -> None:
+    if isinstance(value, Mapping):
+        for key, below in value.items():
+            _refuse_literal_secrets(below, (*keys, str(key)), layers)
+    elif isinstance(value, list | tuple):
+        for below in value:
+            _refuse_literal_secrets(below, keys, layers)
+    elif isinstance(value, str) and (held := literal_secret_in(value)):
+        raise ConfigError(
+            f"{_place(keys, layers)}{'.'.join(keys)} holds {held}, and configurations are written to files that others "
+            "read; put the secret into an environment variable, where its service looks for it or api_key_env names it"
+        )
+
+
+def _place(keys: Path_, layers: Layers) -> str:
+    """Where a setting or the nearest one above it was given, as the beginning of a message."""
+    place = next((layers.places[keys[:end]] for end in range(len(keys), 0, -1) if keys[:end] in layers.places), "")
+    return f"{place}: " if place else ""
 
 
 def _import_plugins(layers: Layers) -> None:
@@ -286,8 +310,7 @@ def _explain(problem: Any, layers: Layers) -> str:
     """One sentence for one pydantic problem."""
     keys = tuple(str(part) for part in problem["loc"])
     dotted = ".".join(keys) or "the configuration"
-    place = next((layers.places[keys[:end]] for end in range(len(keys), 0, -1) if keys[:end] in layers.places), "")
-    prefix = f"{place}: " if place else ""
+    prefix = _place(keys, layers)
     if problem["type"] == "extra_forbidden":
         known = _known_keys(layers.schema, keys[:-1])
         near = difflib.get_close_matches(keys[-1], known, n=1)

@@ -28,6 +28,7 @@ from trace_rl.annotators import Api
 from trace_rl.errors import ConfigError
 from trace_rl.workers.api_replies import HttpReply, ReplyReader
 from trace_rl.workers.chat import ChatAnswer, ChatRequest
+from trace_rl.workers.log_redaction import conceal
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class ApiChat:
                 f"The key in the environment variable {settings.api_key_env} holds blanks, line ends or characters "
                 "outside of ASCII; set the variable to the bare key"
             )
+        conceal(settings.api_key_env)
         self.identity = _identity(settings)
         self._settings = settings
         self._key = key

@@ -23,6 +23,7 @@ from pydantic import SecretStr
 from trace_rl.annotators import Api
 from trace_rl.errors import FailureCause
 from trace_rl.workers.chat import ChatAnswer, ChatFault
+from trace_rl.workers.log_redaction import redactor
 
 _QUOTED_CHARS = 200
 """Of a server's words in a message of ours."""
@@ -91,9 +92,10 @@ class ReplyReader:
         return self.clean(_text(reply.body)) or "no text"
 
     def clean(self, text: str) -> str:
-        """One short printable line of foreign text, without the key, parts of it or masked forms."""
+        """One short printable line of foreign text, without the key, parts of it or masked forms, or other secrets."""
         line = " ".join("".join(char if char.isprintable() else " " for char in text[:_READ_CHARS]).split())
         line = _MASKED.sub(_HIDDEN, _redacted(line, self._key.get_secret_value()))
+        line = redactor().redact(line)  # a refusal by a proxy names the proxy with its password
         return line if len(line) <= _QUOTED_CHARS else line[: _QUOTED_CHARS - 3] + "..."
 
     def _outcome(self, reply: HttpReply) -> ChatAnswer | ChatFault:

@@ -9,12 +9,20 @@ import os
 import secrets
 from pathlib import Path
 
-_ALWAYS = {
-    "TOKENIZERS_PARALLELISM": "false",  # forked tokenizer threads deadlock
+_NO_REPORTS_HOME = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # datasets would tell its makers the name of each data set that it opens
+    "WANDB_ERROR_REPORTING": "false",  # W&B is off unless asked for; then its crashes would go to Sentry too
+}
+"""Nothing is told to the makers of libraries; DeepSpeed, transformers, plotly and TensorBoard have nothing to switch
+off. Each by its own name: DO_NOT_TRACK=1 would outvote a user who switches one of them on."""
+_ALWAYS = {
+    **_NO_REPORTS_HOME,
+    "TOKENIZERS_PARALLELISM": "false",  # forked tokenizer threads deadlock
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that outlives the run must not start another Ray
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a guest is shown the GPUs of its hosts although it asks for none
-    "VLLM_NO_USAGE_STATS": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives inside its actor: one process to watch, one order
     "PYTHONHASHSEED": "0",
 }
@@ -27,6 +35,9 @@ _ONE_MACHINE = {
     "VLLM_HOST_IP": "127.0.0.1",
     "GLOO_SOCKET_IFNAME": "lo",
 }
+_RAY_ON_LOOPBACK = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+"""Ray's word, on Linux too, for a node that is not to be joined from elsewhere. An address that it is given does not
+do: it replaces a loopback one by that of the node, and listens on every interface."""
 _SET_BY_USER = {name: os.environ[name] for name in (*_ALWAYS, *_CPU, *_ONE_MACHINE) if name in os.environ}
 """Read before `apply` adds anything: that belongs to this machine, and roles may run on others."""
 
@@ -66,11 +77,13 @@ def apply(kv_cache_gib: int = 0) -> None:
 
 
 def protect_private_ray() -> None:
-    """Make a Ray that this process starts ask for a token that only its descendants know.
+    """Keep a Ray that this process starts to itself; call it before Ray is imported.
 
-    Always explicit: left alone, Ray switches token authentication on whenever a token file lies in the home folder. The
-    token is inherited through the process environment and never written to a configuration or a runtime environment.
+    Its servers listen on the loopback interface alone, and ask for a token that only its descendants know. Always
+    explicit: left alone, Ray switches token authentication on whenever a token file lies in the home folder. The token
+    is inherited through the process environment and never written to a configuration or a runtime environment.
     """
+    os.environ.setdefault(*_RAY_ON_LOOPBACK)
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if os.environ["RAY_AUTH_MODE"] == "token":
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +33,7 @@ from trace_rl.workers.ranks import Ranks
 from trace_rl.workers.revival import new_life
 from trace_rl.workers.weight_file import keep_only, write_version
 from trace_rl.workers.weight_sender import WeightSender
-from trace_rl.workers.weight_wire import TransferBackend, TransferGroup, WeightManifest, free_address
+from trace_rl.workers.weight_wire import TransferBackend, TransferGroup, WeightManifest, free_address, open_store
 
 if TYPE_CHECKING:
     import deepspeed
@@ -76,7 +75,7 @@ class LearnerRank:
     def open_store(self) -> tuple[str, int]:
         """Rank 0: open the rendezvous of the learner's process group on a port that the system picks."""
         address = "127.0.0.1" if self._spec.is_single_node else ray.util.get_node_ip_address()
-        self._store = self._connect_store(address, 0)
+        self._store = self._open_store(address, 0)
         return address, self._store.port
 
     def start(self, address: str, port: int) -> WeightManifest:
@@ -88,7 +87,7 @@ class LearnerRank:
 
         transformers.utils.logging.disable_progress_bar()
         spec = self._spec
-        store = self._store or self._connect_store(address, port)
+        store = self._store or self._open_store(address, port)
         deepspeed_engine.join_process_group(store, self._rank, self._world_size, spec.collective_timeout_s)
         random.seed(spec.seed + self._rank)
         np.random.seed((spec.seed + self._rank) % 2**32)
@@ -269,11 +268,8 @@ class LearnerRank:
     def _buckets(self) -> Iterator[list[tuple[str, Tensor]]]:
         return self._gathered(self._weights, self._spec.bucket_mib * 2**20)
 
-    def _connect_store(self, address: str, port: int) -> TCPStore:
-        timeout = timedelta(seconds=self._spec.collective_timeout_s)
-        return TCPStore(
-            address, port, self._world_size, is_master=self._rank == 0, timeout=timeout, wait_for_workers=False
-        )
+    def _open_store(self, address: str, port: int) -> TCPStore:
+        return open_store(address, port, self._rank, self._world_size, self._spec.collective_timeout_s)
 
     def _begin_to_send(self, what: str, version: int) -> None:
         """Raise where this version was sent before, to other engines, and the weights have changed since."""

@@ -30,6 +30,7 @@ from trace_rl.workers.weight_wire import Bucket, GlooGroup, TransferGroup, Weigh
 
 _BUFFERS = 2
 _NODE_MEMORY = Path("/dev/shm")
+_BUCKET = "weights-"
 _DEVICE = 6  # where `reduce_tensor` names the GPU
 
 
@@ -104,7 +105,7 @@ class NodeMemory:
         return f"the memory of {socket.gethostname()}"
 
     def allocate(self, nbytes: int) -> tuple[Tensor, str]:
-        descriptor, path = tempfile.mkstemp(prefix="weights-", dir=_NODE_MEMORY)
+        descriptor, path = tempfile.mkstemp(prefix=_BUCKET, dir=_NODE_MEMORY)
         try:
             os.posix_fallocate(descriptor, 0, nbytes)  # too little memory is an error here, not a signal on writing
             return self._map(path, nbytes), f"{nbytes}:{path}"
@@ -122,6 +123,10 @@ class NodeMemory:
 
     def open(self, handle: str) -> Tensor:
         nbytes, _, path = handle.partition(":")
+        if not path.startswith(f"{_NODE_MEMORY}/{_BUCKET}") or ".." in path:  # a peer says it
+            raise WeightSyncError(
+                f"a learner rank lends {path!r}, which is no bucket of {_NODE_MEMORY}; look at its log"
+            )
         return self._map(path, int(nbytes))
 
     def settle(self) -> None:

@@ -159,6 +159,38 @@ def free_address(is_single_node: bool) -> tuple[str, int]:
         return address, int(probe.getsockname()[1])
 
 
+def open_store(address: str, port: int, rank: int, world_size: int, timeout_s: float) -> TCPStore:
+    """The rendezvous of a process group, which rank 0 serves on `address` alone.
+
+    Left alone, torch serves it on every interface, and it asks nobody who they are.
+
+    Args:
+        port: 0: rank 0 takes one that is free.
+
+    Raises:
+        RuntimeError: rank 0 cannot have the port, or another rank does not reach it in time.
+    """
+    listening: int | None = None
+    if rank == 0:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        try:
+            server = socket.create_server((address, port), family=family)
+        except OSError as error:
+            raise RuntimeError(f"port {port} of {address} cannot be listened on: {error.strerror}") from error
+        port = server.getsockname()[1]
+        listening = server.detach()
+    timeout = timedelta(seconds=timeout_s)
+    return TCPStore(
+        address,
+        port,
+        world_size,
+        is_master=rank == 0,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=listening,
+    )
+
+
 class GlooGroup:
     """A gloo group of senders (the first ranks) and receivers, apart from torch's global process group.
 
@@ -167,9 +199,7 @@ class GlooGroup:
 
     def __init__(self, address: str, port: int, rank: int, world_size: int, timeout_s: float) -> None:
         self._timeout = timedelta(seconds=timeout_s)
-        self._store = TCPStore(
-            address, port, world_size, is_master=rank == 0, timeout=self._timeout, wait_for_workers=False
-        )
+        self._store = open_store(address, port, rank, world_size, timeout_s)
         self._group: Any = ProcessGroupGloo(self._store, rank, world_size, self._timeout)
         self._rank = rank
 

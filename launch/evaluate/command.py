@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
@@ -28,6 +27,7 @@ from trace_rl.launch.evaluate.sets import open_set
 from trace_rl.launch.evaluate.store import SampleStore, settings_of
 from trace_rl.launch.evaluate.subjects import Subject, find_subjects
 from trace_rl.launch.evaluate.tables import result_tables, to_json
+from trace_rl.overlays import dump_config
 
 
 def evaluate(config: EvalConfig, checkpoints: Sequence[str], step: int, console: Console) -> dict[str, list[SetScore]]:
@@ -127,8 +127,7 @@ def _say_done(console: Console, subject: Subject, items: Sequence[Asked]) -> Non
 
 def _write(folder: Path, config: EvalConfig, of_sets: list[SetScore]) -> None:
     """What one checkpoint's folder says of its own; comparisons with others are printed only."""
-    text = yaml.safe_dump(config.model_dump(mode="json", serialize_as_any=True), sort_keys=False, allow_unicode=True)
-    (folder / "config.yaml").write_text(text, encoding="utf-8")
+    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     (folder / "results.json").write_text(json.dumps(to_json(of_sets), indent=2) + "\n", encoding="utf-8")
     tables = result_tables({folder.name: of_sets}, seed=0)
     (folder / "results.md").write_text("\n".join(table.markdown() for table in tables), encoding="utf-8")

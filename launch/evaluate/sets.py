@@ -16,7 +16,7 @@ from trace_rl.batch import Prompt
 from trace_rl.config.evaluation import ARITHMETIC, BUILT_IN, FILE_SUFFIXES, GYM, HUB, EvalSet, definition
 from trace_rl.data import ArithmeticSource, read_jsonl
 from trace_rl.errors import DataError, first_line
-from trace_rl.launch.saved_datasets import open_saved
+from trace_rl.launch.saved_datasets import open_saved, without_media
 from trace_rl.plain_answers import lettered
 
 Row = Mapping[str, Any]
@@ -156,7 +156,7 @@ def _from_hub(settings: EvalSet) -> Sequence[Row]:
 
     name = settings.path.removeprefix(HUB)
     try:
-        return list(load_dataset(name, settings.subset or None, split=settings.split))
+        return list(without_media(load_dataset(name, settings.subset or None, split=settings.split)))
     except Exception as error:  # the hub's client raises errors of several libraries
         raise DataError(
             f"set {settings.name}: the data set {name} does not load from the hub ({first_line(error)})"

@@ -24,6 +24,8 @@ from trace_rl.overlays import load_config
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 _SAMPLED_BYTES = 2**20
 """Of the beginning and the end of each weights file: an optimizer's step changes all of it."""
+_MAX_LABEL = 150
+"""Characters; the end of a name tells more than its beginning."""
 NEWEST = -1
 """As a step: the newest complete checkpoint."""
 
@@ -109,7 +111,7 @@ def _checkpoint(folder: RunFolder, run: RunConfig, step: int) -> tuple[str, int]
 
 
 def _safe(label: str) -> str:
-    return _UNSAFE.sub("--", label).strip("-.") or "model"
+    return _UNSAFE.sub("--", label)[-_MAX_LABEL:].strip("-.") or "model"
 
 
 def _dtype(path: str) -> Literal["float32", "bfloat16"]:

@@ -50,6 +50,11 @@ def connect(address: str) -> JobSubmissionClient:
             f"--address is {address!r}; expected the dashboard of the cluster's head node, for example "
             "http://HEAD:8265 (port 6379 is Ray's own, and takes no jobs)"
         )
+    if "@" in address:
+        raise ConfigError(
+            "--address holds a user or a password, which would be printed with it; give the bare http://HEAD:8265, and "
+            "the token in RAY_AUTH_TOKEN"
+        )
     address = address.rstrip("/")
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray lets its variables win over an address that is given
     os.environ.setdefault("RAY_AUTH_MODE", "token" if _has_token() else "disabled")  # before Ray is imported

@@ -27,14 +27,13 @@ from trace_rl.errors import ConfigError
 from trace_rl.launch.job import jobs
 from trace_rl.launch.job.staging import CONFIG_NAME, Stage, stage
 from trace_rl.overlays import dump_config
+from trace_rl.secrecy import is_secret_name, refuse_secrets
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 ENTRYPOINT = f"python -m trace_rl.launch.train {CONFIG_NAME}"
 INTERRUPTED = 130
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|COOKIE")
-_MIN_SECRET_CHARACTERS = 8
 _PINNED = re.compile(r"[\w.\-\[\],]+==\S+")
 
 
@@ -88,7 +87,7 @@ def ship(config: RunConfig, request: Request) -> Shipped:
     """Ship code and configuration and start the job; raises as `submit` does."""
     environment = chosen_variables(request.variables)
     pinned = pinned_packages(request.pins) if request.pins else []
-    check_no_secret(dump_config(config))
+    refuse_secrets(dump_config(config), os.environ)
     with tempfile.TemporaryDirectory(prefix="trace-rl-stage-") as folder:
         staged = stage(config, Path.cwd(), Path(folder))
         client = jobs.connect(request.address)
@@ -145,7 +144,7 @@ def chosen_variables(names: Sequence[str]) -> dict[str, str]:
         ConfigError: a name is not set here, or looks like that of a secret.
     """
     for name in names:
-        if _SECRET.search(name.upper()):
+        if is_secret_name(name):
             raise ConfigError(
                 f"--env {name} looks like a secret, and everyone who reaches the cluster's Jobs API can read a job's "
                 "variables; set it in the environment of the nodes instead, before `ray start` or by a Kubernetes "
@@ -154,21 +153,6 @@ def chosen_variables(names: Sequence[str]) -> dict[str, str]:
         if name not in os.environ:
             raise ConfigError(f"--env {name} names a variable that is not set here; export it, or leave it out")
     return {name: os.environ[name] for name in names}
-
-
-def check_no_secret(text: str) -> None:
-    """Refuse a configuration that holds the value of a secret of this environment.
-
-    Raises:
-        ConfigError: naming the variable, not its value.
-    """
-    for name, value in os.environ.items():
-        if _SECRET.search(name.upper()) and len(value) >= _MIN_SECRET_CHARACTERS and value in text:
-            raise ConfigError(
-                f"the configuration holds the value of the environment variable {name}, and a job's files and settings "
-                "can be read by everyone who reaches the cluster; name the variable (as api_key_env does) and set it "
-                "in the environment of the nodes"
-            )
 
 
 def pinned_packages(lock: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -104,9 +105,14 @@ def report(
 
 def _load(file: Path, overrides: list[str] | None, folder: str) -> Sweep:
     prepare_imports()
+    from trace_rl.overlays import dump_config
+    from trace_rl.secrecy import refuse_secrets
     from trace_rl.sweeps import load_sweep
 
-    return load_sweep(file, overrides or (), folder)
+    sweep = load_sweep(file, overrides or (), folder)
+    for cell in sweep.cells:
+        refuse_secrets(dump_config(cell.config), os.environ)
+    return sweep
 
 
 def _check_unchanged(sweep: Sweep) -> None:

@@ -10,6 +10,9 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, model_validator
 from pydantic_core import PydanticCustomError
 
+_MAX_NAME_BYTES = 200
+"""File systems take 255, and what is written beside a folder adds endings to its name."""
+
 
 class Section(BaseModel):
     """A part of the configuration that refuses what it does not know."""
@@ -64,6 +67,24 @@ class Kind(Section):
             raise PydanticCustomError("unknown_kind", "the type {found}; {hint}", {"found": repr(found), "hint": hint})
         chosen: Self = cls.kinds[found].model_validate(value)
         return chosen
+
+
+def check_folder_name(what: str, name: str) -> None:
+    """Refuse a name that, as a part of a path, would be none or lead elsewhere.
+
+    Raises:
+        ValueError: with one sentence.
+    """
+    if name in ("", ".", "..") or "/" in name or not name.isprintable():
+        raise ValueError(
+            f"{what} {name!r} becomes the name of a folder; give one without slashes and control characters that is "
+            "not empty, '.' or '..'"
+        )
+    if (size := len(name.encode("utf-8", "replace"))) > _MAX_NAME_BYTES:
+        raise ValueError(
+            f"{what} {name[:40]!r}... becomes the name of a folder, but has {size} bytes; give one of at most "
+            f"{_MAX_NAME_BYTES}"
+        )
 
 
 def check_fields(setting: str, template: str, known: Set[str]) -> Set[str]:

@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from trace_rl.config.base import Section, check_fields
+from trace_rl.config.base import Section, check_fields, check_folder_name
 from trace_rl.config.placement import Placement
 from trace_rl.config.roles import GeneratorSettings, Rewarder
 from trace_rl.tasks.arithmetic import ArithmeticDifficulty
@@ -91,6 +91,7 @@ class EvalSet(Section):
             )
         if not self.name or not set(self.name) <= _NAME_CHARS:
             raise ValueError(f"set name {self.name!r} must consist of letters, digits and . _ - : for its folder")
+        check_folder_name("set name", self.name)
         return self
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from trace_rl.config.base import Section, check_fields
+from trace_rl.config.base import Section, check_fields, check_folder_name
 from trace_rl.tasks.arithmetic import ArithmeticDifficulty
 
 
@@ -188,5 +188,6 @@ class Run(Section):
 
     @model_validator(mode="after")
     def _folder_is_a_template(self) -> Run:
-        check_fields("run.folder", self.folder, {"name"})
+        if "name" in check_fields("run.folder", self.folder, {"name"}):
+            check_folder_name("run.name", self.name)
         return self
