@@ -257,7 +257,9 @@ class FakeEngine:
                 time.sleep(0.3)  # what was yielded is on its way
                 os._exit(1)
             logprobs, versions = np.zeros(1, dtype=np.float32), np.array([self._version])
-            yield [Rollout(request.prompt, request.sample, (40,), (1,), logprobs, "stop", versions, str(os.getpid()))]
+            text = str(os.getpid())
+            ids = request.prompt_token_ids
+            yield [Rollout(request.prompt, request.sample, ids, (1,), logprobs, "stop", versions, text)]
 
 
 def generate_with(*engines: tuple[int, str], timeout_s: float = 30.0) -> list[Rollout]:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from trace_rl.batch import RolloutKey, TeacherRequest
+from trace_rl.batch import RolloutKey, TeacherRequest, TeacherRows
 from trace_rl.config.roles import Model
 from trace_rl.config.teacher import Ema, External, Frozen, Live, Periodic, TrustRegion
 from trace_rl.config.teacher import Teacher as TeacherSettings
@@ -125,11 +125,11 @@ class Actor:
         class Method:
             @staticmethod
             def remote(life, method, *args):
-                return actor.call(life, method)
+                return actor.call(life, method, *args)
 
         return Method
 
-    def call(self, life, method):
+    def call(self, life, method, *args):
         self.calls.append(method)
         if method in self.deaths:
             self.deaths.remove(method)
@@ -137,7 +137,17 @@ class Actor:
             return WorkerError("the teacher died")
         if self.is_late:
             return DeadlineError("the teacher did not finish scoring")
-        return method if life == self.present_life else RestartedError("the teacher was started again")
+        if life != self.present_life:
+            return RestartedError("the teacher was started again")
+        return [rows_of(request) for request in args[0]] if method == "score" else method
+
+
+def rows_of(request):
+    """What a teacher could say."""
+    sizes = [len(request.positions) if name in request.outputs else 0 for name in ("states", "logprobs", "entropy")]
+    return TeacherRows(
+        request.key, request.view, request.positions, np.ones((sizes[0], 2)), np.ones(sizes[1]), np.ones(sizes[2])
+    )
 
 
 @pytest.fixture
@@ -214,7 +224,7 @@ def test_a_teacher_that_dies_gets_the_policy_and_does_its_work_again(at_once, we
     actor.calls.clear()
     actor.deaths = [dies_in]
     teacher.refresh(10)
-    assert teacher.score([request(0, PROMPT, RESPONSE, [0])]) == "score"
+    assert len(teacher.score([request(0, PROMPT, RESPONSE, [0])])) == 1
     whole = ["load_bucket", "load_bucket"]
     assert actor.calls == (["load_bucket", *whole, "head", "score"] if dies_in == "load_bucket" else
                            [*whole, "head", "score", *whole, "head", "score"])  # fmt: skip

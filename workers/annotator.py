@@ -25,6 +25,7 @@ from trace_rl.annotation_audit import AnnotationAudit, AuditWatch
 from trace_rl.batch import AnnotatedRollout, GradedRollout, SpanClass
 from trace_rl.config.annotator import Annotator
 from trace_rl.errors import WorkerError
+from trace_rl.reply_checks import spans_fault
 from trace_rl.workers.idle import IdleMeter
 from trace_rl.workers.span_annotator import Annotation, AnnotationTask, Usage
 from trace_rl.workers.streaming import Call, Gate, Unserved, stream
@@ -77,6 +78,8 @@ class RayAnnotator:
         graded_at: list[float] = []
         for item, answer in stream(_noting_the_end(graded, graded_at), call):
             annotated = _annotated(item, answer)
+            if fault := spans_fault(annotated.spans, len(item.rollout.token_ids)):
+                raise WorkerError(f"the annotator garbled its answer on {item.rollout.key}: {fault}; look at its log")
             self._audit.count(annotated)
             self._tell(item, answer)
             yield annotated

@@ -24,6 +24,7 @@ from ray.exceptions import RayError
 from trace_rl.batch import Rollout, RolloutKey, RolloutRequest
 from trace_rl.errors import DeadlineError, TraceError, WeightSyncError, WorkerError
 from trace_rl.protocols import Decoding
+from trace_rl.reply_checks import rollout_fault
 from trace_rl.workers.generator_engine import Cancelled
 from trace_rl.workers.idle import IdleMeter
 from trace_rl.workers.waiting import DEATHS, first_cause, wait_for, worker_error
@@ -68,8 +69,12 @@ class _Work:
     """What came of an earlier call for the same work."""
     missing: set[RolloutKey] = field(default_factory=set)
 
+    prompts: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Prompt id -> token ids."""
+
     def __post_init__(self) -> None:
         self.missing = {_key(request) for request in self.requests}
+        self.prompts = {request.prompt.prompt_id: request.prompt_token_ids for request in self.requests}
 
 
 class VllmGenerator:
@@ -205,9 +210,20 @@ class _Collection:
     def _book(self, work: _Work, chunk: Sequence[Rollout | Cancelled]) -> Iterator[Rollout]:
         self._generator.idle[work.engine].end(len(chunk))
         for item in chunk:
+            if item.key not in work.missing:
+                raise WorkerError(
+                    f"generator engine {work.engine} sent sample {item.key.sample} of prompt {item.key.prompt_id!r} "
+                    "twice, or without being asked for it; stop the run and look at its log"
+                )
             work.missing.discard(item.key)
-            if isinstance(item, Rollout) and item.key not in work.had:
-                yield item
+            if isinstance(item, Rollout):
+                if fault := rollout_fault(item, work.prompts[item.prompt.prompt_id]):
+                    raise WorkerError(
+                        f"generator engine {work.engine} garbled sample {item.sample} of prompt "
+                        f"{item.prompt.prompt_id!r}: {fault}; stop the run and look at its log"
+                    )
+                if item.key not in work.had:
+                    yield item
 
     def _finish(self, stream: Any) -> None:
         work = self._streams.pop(stream)

@@ -18,6 +18,7 @@ from typing import Any
 from trace_rl.batch import GradedRollout, Rollout
 from trace_rl.config.roles import Rewarder
 from trace_rl.errors import RewardError, WorkerError
+from trace_rl.reply_checks import reward_fault
 from trace_rl.rewards import feedback
 from trace_rl.workers import heartbeat
 from trace_rl.workers.grading import START_TIMEOUT_S, GradingPool, Verdict
@@ -97,6 +98,10 @@ class RayGrader:
                 raise WorkerError(
                     f"The rewarder did not answer for rollout {rollout.key} although each text is killed after "
                     f"{self._settings.timeout_s:g} s (rewarder.timeout_s): look at its log{place and f' ({place})'}."
+                )
+            if fault := reward_fault(verdict.reward):
+                raise WorkerError(
+                    f"the rewarder garbled its verdict on rollout {rollout.key}: {fault}; look at its log"
                 )
             self._tell(rollout, verdict)
             said = feedback(rollout.text, verdict.reward, verdict.cause)

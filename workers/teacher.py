@@ -36,6 +36,7 @@ from trace_rl.config.teacher import Teacher as TeacherSettings
 from trace_rl.config.teacher import TeacherWeights
 from trace_rl.errors import CheckpointError, DeadlineError, ModelError, TraceError, WorkerError
 from trace_rl.flops import TransformerShape
+from trace_rl.reply_checks import rows_fault
 from trace_rl.states import states_array
 from trace_rl.token_layout import Packed, Padded, predicting_positions
 from trace_rl.workers import heartbeat
@@ -300,6 +301,11 @@ class RayTeacher:
             self._source.set_teacher_head(self._actor.in_life.remote(self._life, "head"))
             self._is_head_current = True
         rows: list[TeacherRows] = self._call("score", list(requests), doing="scoring")
+        if len(rows) != len(requests):
+            raise WorkerError(f"{_NAME} answered {len(rows)} of {len(requests)} requests; look at its log")
+        for request, found in zip(requests, rows, strict=True):
+            if fault := rows_fault(found, request):
+                raise WorkerError(f"{_NAME} garbled its answer on {request.key}: {fault}; look at its log")
         return rows
 
     def _surviving(self, work: Callable[[], Result]) -> Result:
