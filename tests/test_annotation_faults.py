@@ -333,7 +333,14 @@ def test_a_traceback_out_of_the_annotator_does_not_hold_the_key(story: Story, tm
 @pytest.mark.slow
 def test_a_run_that_fails_does_not_tell_its_key(server: VllmServer, tmp_path: Path) -> None:
     """The server refuses every request; the annotator dies, and the run goes on; a learner dies, and it does not."""
-    arguments = ["train", *RUN, "run.steps=1000", "run.checkpoint_every=0", backend(server.base_url)]
+    arguments = [
+        "train",
+        *RUN,
+        "run.steps=1000",
+        "run.checkpoint_every=0",
+        "run.max_restarts=0",
+        backend(server.base_url),
+    ]
     metrics = tmp_path / "run" / "metrics.jsonl"
     annotator = "ray::SpanAnnotator"
     with WatchedRun([*arguments, "annotator.step_wait_s=2"], tmp_path, {VARIABLE: WRONG_KEY}) as run:

@@ -217,14 +217,14 @@ def test_who_hangs_is_named_during_the_sync_and_the_next_sync_joins_anew(
 
 def test_a_hung_engine_is_named_during_rollout(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last one, because the engine still has to finish what it was asked for."""
-    monkeypatch.setattr(crew.roles.generator, "_timeout_s", BOUND_S)
+    monkeypatch.setattr(crew.roles.generator, "timeout_s", BOUND_S)
     said = crew.error_of_step(BOUND_S, rollout=process_of("GeneratorEngine"))
     assert f"before the deadline of {BOUND_S:g} s (placement.step_timeout_s) from generator engine 0" in said
 
 
 @pytest.mark.slow
 def test_a_run_with_a_hung_engine_ends_and_leaves_no_process_behind(tmp_path: Path) -> None:
-    arguments = ["train", CONFIGS / "demo.yaml", *SMALL, "placement.step_timeout_s=20"]
+    arguments = ["train", CONFIGS / "demo.yaml", *SMALL, "placement.step_timeout_s=20", "run.max_restarts=0"]
     with WatchedRun(arguments, tmp_path, {}) as run:
         run.wait_until(lambda: "step    2/1000" in run.printed, "under way", 300)
         (engine,) = [pid for pid, line in run.processes().items() if line.startswith("ray::GeneratorEngine")]

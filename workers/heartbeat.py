@@ -23,6 +23,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from trace_rl.config.health import Health
 from trace_rl.workers.health import State, follow, heard
 from trace_rl.workers.waiting import condemn
+from trace_rl.workers.worker_logs import is_running
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ class HeartbeatWatch:
         self._states[role] = state
         if state == "suspect" and before == "healthy":
             logger.warning("%s has given no sign of life for %.0f s", role, silent_s)
-        if state == "quarantined" and before != "quarantined":
+        if state == "quarantined" and before != "quarantined" and is_running(self._actors[role]._actor_id.hex()):
             sentence = (
                 f"it gave no sign of life for {silent_s:.0f} s (health.dead_after_s is {settings.dead_after_s:g}) and "
                 "was killed"

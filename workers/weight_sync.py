@@ -143,6 +143,7 @@ class ProvenWeightSync:
             with self._lock:
                 if self._lives.get(name) == life_of(engine[name], name, self._restart_timeout_s):
                     return
+                self._connected = ()  # the group has the name of an engine that is gone
                 try:
                     self._sync(engine, self._version)
                     return

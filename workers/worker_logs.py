@@ -118,6 +118,13 @@ def whereabouts_of_actor(actor_id: str) -> str:
     return _quietly(look_up, "")
 
 
+def is_running(actor_id: str) -> bool:
+    """Whether Ray takes the actor for alive, and is not starting it, or has given it up; True where it does not say."""
+    from ray._private import state
+
+    return _quietly(lambda: _in_time(lambda: state.actors(actor_id)).get("State", "ALIVE") == "ALIVE", True)
+
+
 def _whereabouts(reference: ray.ObjectRef[Any]) -> str:
     return whereabouts_of_actor(reference.task_id().actor_id().hex())
 
