@@ -29,7 +29,8 @@ from trace_rl.launch.plan.cluster import known_gpu_memory
 from trace_rl.launch.plan.run_plan import plan_run
 from trace_rl.launch.plan.text import PLAN_FILE, full_text, short_text
 from trace_rl.launch.roles import start_roles
-from trace_rl.launch.run_folder import Progress, RunFolder, open_run_folder, trim_metrics, write_config
+from trace_rl.launch.run_checkpoints import Progress
+from trace_rl.launch.run_folder import RunFolder, open_run_folder, trim_metrics, write_config
 from trace_rl.launch.summary import Outcome, summarise_run
 from trace_rl.launch.trackers import open_trackers
 from trace_rl.loop import train
@@ -79,7 +80,7 @@ def _train(ready: preflight.Ready, folder: RunFolder, journal: RunJournal, displ
     roles, checkpoints = start_roles(ready, folder, journal)
     display.note(f"all roles ready after {time.monotonic() - started:.0f} s")
     progress = Progress(0, {}, ())
-    if ready.config.run.resume == "auto" and folder.complete_checkpoints():
+    if ready.config.run.resume == "auto" and checkpoints.exist():
         progress = checkpoints.load_newest()
         try:
             roles.prompts.seek(progress.position)
