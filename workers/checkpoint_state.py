@@ -42,7 +42,7 @@ def write_state(folder: Path, parts: Iterable[Part], optimizer: torch.optim.Opti
         if sum(value.nbytes for value in held.values()) >= _FILE_BYTES:
             files.append(_write(folder, rank, len(files), held))
             held = {}
-    return [*files, _write(folder, rank, len(files), held)]
+    return [*files, _write(folder, rank, len(files), held)] if held else files
 
 
 def read_state(folder: Path, parts: Sequence[Part], optimizer: torch.optim.Optimizer) -> None:
