@@ -111,13 +111,15 @@ class RunCheckpoints:
         """
         for folder in reversed(self.folder.all_checkpoints()):
             try:
-                verify(folder)
+                manifest = verify(folder)
             except DamagedCheckpointError as error:
                 aside = self._move_aside(folder)
                 logger.warning(
                     "The checkpoint %s is damaged: %s; it is now %s and is not used", folder, error, aside.name
                 )
                 continue
+            num_files, size = len(manifest.files), manifest.num_bytes / _GIB
+            logger.info("%s is as it was written: %d files, %.3g GiB", folder, num_files, size)
             return self._load(folder)
         names = ", ".join(path.name for path in self._set_aside())
         raise CheckpointError(
