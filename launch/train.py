@@ -33,7 +33,8 @@ from trace_rl.launch.plan.text import PLAN_FILE, full_text, short_text
 from trace_rl.launch.preemption import Preemption
 from trace_rl.launch.restarts import Attempt, persist
 from trace_rl.launch.roles import start_roles
-from trace_rl.launch.run_folder import Progress, RunFolder, open_run_folder, trim_metrics, write_config
+from trace_rl.launch.run_checkpoints import Progress
+from trace_rl.launch.run_folder import RunFolder, open_run_folder, trim_metrics, write_config
 from trace_rl.launch.summary import Outcome, summarise_run
 from trace_rl.launch.trackers import open_trackers
 from trace_rl.loop import train
@@ -119,7 +120,7 @@ def _train(run: _Run, attempt: Attempt, preemption: Preemption) -> None:
     roles, checkpoints = start_roles(ready, folder, run.journal, run.ledger)
     display.note(f"all roles ready after {time.monotonic() - started:.0f} s")
     progress = Progress(0, {}, ())
-    if (ready.config.run.resume == "auto" or attempt.number) and folder.complete_checkpoints():
+    if (ready.config.run.resume == "auto" or attempt.number) and checkpoints.exist():
         progress = checkpoints.load_newest()
         try:
             roles.prompts.seek(progress.position)
