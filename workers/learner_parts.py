@@ -17,7 +17,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of every value."""
@@ -117,7 +117,7 @@ def set_schedule(engine: deepspeed.DeepSpeedEngine, steps: int) -> None:
     schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
 
 
-def _partitioned(zero: Any, name: str, parameter: nn.Parameter, rank: int) -> Iterator[Part]:
+def _partitioned(zero: Any, name: str, parameter: Any, rank: int) -> Iterator[Part]:
     """The part of one parameter under ZeRO-3: the last ranks have less of it, or nothing but padding."""
     size = parameter.ds_tensor.numel()
     start = rank * size
