@@ -1,7 +1,10 @@
 """The folder of a run: where everything is, which one is taken, and which checkpoints are in it.
 
-config.yaml  plan.txt  metrics.jsonl  run.log  summary.md  rollouts/step-000010.jsonl
-checkpoints/step-000060/  dumps/  logs/
+config.yaml  plan.txt  metrics.jsonl  ledger.jsonl  run.log  summary.md  driver.lock
+rollouts/step-000010.jsonl  checkpoints/step-000060/  dumps/  logs/
+
+The driver holds driver.lock (`trace_rl.launch.folder_lock`) for the time of a run. What only reads a folder must not
+wait for torch, so the schema of configurations is imported by those alone who write one.
 """
 
 from __future__ import annotations
@@ -13,13 +16,14 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from trace_rl.config.run import RunConfig
-from trace_rl.overlays import dump_config
 from trace_rl.workers.checkpoint_files import has_manifest
+
+if TYPE_CHECKING:
+    from trace_rl.config.run import RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +53,10 @@ class RunFolder:
     @property
     def log(self) -> Path:
         return self.path / "run.log"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / "driver.lock"
 
     @property
     def worker_logs(self) -> Path:
@@ -95,6 +103,8 @@ def open_run_folder(config: RunConfig) -> RunFolder:
 
 def write_config(folder: RunFolder, config: RunConfig) -> None:
     """Write the resolved configuration; name what differs from the run that is resumed."""
+    from trace_rl.overlays import dump_config
+
     text = dump_config(config)
     changed = changed_settings(folder, config)
     if changed:
@@ -104,6 +114,8 @@ def write_config(folder: RunFolder, config: RunConfig) -> None:
 
 def changed_settings(folder: RunFolder, config: RunConfig) -> str:
     """What differs from the run in the folder, as `name = now (was before)`; empty where nothing does or no run is."""
+    from trace_rl.overlays import dump_config
+
     if not folder.config.exists():
         return ""
     texts = folder.config.read_text(encoding="utf-8"), dump_config(config)
