@@ -150,8 +150,8 @@ def has_manifest(folder: Path) -> bool:
     return True
 
 
-def verify(folder: Path) -> Manifest:
-    """Read every byte of a checkpoint and compare it with the manifest.
+def compare_sizes(folder: Path) -> Manifest:
+    """Compare names and sizes of the files with the manifest, and read none of them.
 
     Raises:
         DamagedCheckpointError: names the first file that is not as it was written.
@@ -167,6 +167,17 @@ def verify(folder: Path) -> Manifest:
         size = (folder / name).stat().st_size
         if size != stored.num_bytes:
             raise DamagedCheckpointError(f"{name} has {size} bytes, but {stored.num_bytes} were written")
+    return manifest
+
+
+def verify(folder: Path) -> Manifest:
+    """Read every byte of a checkpoint and compare it with the manifest.
+
+    Raises:
+        DamagedCheckpointError: names the first file that is not as it was written.
+        CheckpointError: it is of another format.
+    """
+    manifest = compare_sizes(folder)
     with ThreadPoolExecutor(_READERS) as readers:
         digests = readers.map(lambda name: _digest_or_error(folder / name), manifest.files)
         for (name, stored), digest in zip(manifest.files.items(), digests, strict=True):
