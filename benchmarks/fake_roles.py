@@ -30,7 +30,7 @@ from trace_rl.launch.journal import RunJournal
 from trace_rl.launch.run_folder import RunFolder
 from trace_rl.loop import Roles
 from trace_rl.prompts import ChatTokenizer, PromptEncoder
-from trace_rl.protocols import Decoding, Drawn
+from trace_rl.protocols import Decoding, Drawn, StoredFile
 from trace_rl.step_metrics import staleness_metrics
 from trace_rl.workers.annotator import RayAnnotator
 from trace_rl.workers.generator import VllmGenerator
@@ -120,7 +120,8 @@ class InstantTeacher:
             for request in requests
         ]
 
-    def save(self, path: Path) -> None: ...
+    def save(self, path: Path) -> dict[str, StoredFile]:
+        return {}
 
     def load(self, path: Path) -> None: ...
 
@@ -147,7 +148,8 @@ class SleepingLearner:
     def gradient_parts(self, batch: TrainingBatch) -> dict[str, float]:
         raise NotImplementedError
 
-    def save(self, path: Path) -> None: ...
+    def save(self, path: Path) -> dict[str, StoredFile]:
+        return {}
 
     def load(self, path: Path) -> None: ...
 

@@ -220,6 +220,24 @@ def view(
         typer.echo(f"{write_view(runs, step or [], out)} is written; open it in a browser")
 
 
+@app.command()
+def doctor(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, alive or dead.")],
+    full: Annotated[
+        bool, typer.Option("--full", help="Read every byte of a long ledger and a large checkpoint too.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say what became of a run, and how it goes on: trace-rl doctor runs/demo; exits with 1 where it needs someone."""
+    environment.apply()  # before numpy is imported
+    with explained():
+        from trace_rl.launch.doctor.command import examine
+
+        told, is_well = examine(run, full, as_json)
+        typer.echo(told, nl=False)
+        raise typer.Exit(not is_well)
+
+
 @app.command("eval")
 def evaluate(
     arguments: Annotated[

@@ -50,6 +50,10 @@ class RunJournal:
             if PASS_AT_1 in record
         ]
 
+    def score_at(self, step: int) -> float | None:
+        """Held-out pass@1 after so many steps; None where it was not measured."""
+        return next((each.pass_at_1 for each in reversed(self.evaluations) if each.step == step), None)
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         self._display.stage(name)

@@ -14,6 +14,8 @@ from trace_rl.errors import TraceError, WeightSyncError, WorkerError
 LOSSES = (WorkerError, WeightSyncError)
 """A role that died or hung, or weights that did not arrive. Other errors would come again: a loss that is not finite,
 data that are missing, a checkpoint that is damaged."""
+LOST = "The run has lost what nothing replaces while it goes on: "
+"""With it begins the line that tells of another start."""
 
 
 @dataclass
@@ -64,7 +66,7 @@ def persist(
             if not (current.has_begun or current.number) or not patience.lasts(step):
                 raise _last(error, current.number, patience) from error
             tell(
-                f"The run has lost what nothing replaces while it goes on: {error}. It starts again after step {step} "
+                f"{LOST}{error}. It starts again after step {step} "
                 f"(restart {patience.in_a_row} of at most {max_restarts} without a checkpoint between)"
             )
         current = Attempt(current.number + 1)

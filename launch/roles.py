@@ -6,14 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from trace_rl.absent import AbsentAnnotator, AbsentTeacher
 from trace_rl.config.run import RunConfig
 from trace_rl.flops import TransformerShape
 from trace_rl.launch.actors import Actors, start_actors
 from trace_rl.launch.journal import RunJournal
 from trace_rl.launch.placement import ANNOTATOR, ENGINE_OF_TEACHER, REWARDER, TEACHER, engine_role
+from trace_rl.launch.plan.memory import checkpoint_bytes
+from trace_rl.launch.plan.shapes import model_shape
 from trace_rl.launch.preflight import Ready
-from trace_rl.launch.run_folder import RunCheckpoints, RunFolder
+from trace_rl.launch.run_checkpoints import RunCheckpoints
+from trace_rl.launch.run_folder import RunFolder
 from trace_rl.loop import Roles
 from trace_rl.off_policy import MixedGenerator, SolutionGenerator, TeacherGenerator
 from trace_rl.protocols import Annotator, Generator, PromptLedger, Teacher, WeightSync
@@ -83,7 +88,8 @@ def start_roles(ready: Ready, folder: RunFolder, journal: RunJournal, ledger: Pr
     grader = RayGrader(handles[REWARDER], config.rewarder)
     idle |= {"generator": generator.idle, "rewarder": [grader.idle], "learner": [actors.learner.idle]}
     watch = _watch(config, actors, recovery)
-    checkpoints = RunCheckpoints(folder, learner, teacher, config.run.keep_checkpoints)
+    expected_bytes = checkpoint_bytes(config, model_shape(config.model, config.learner, torch.device("cpu")))
+    checkpoints = RunCheckpoints(folder, learner, teacher, config.run, expected_bytes, journal.score_at)
     roles = Roles(
         prompts=ready.prompts,
         encoder=ready.encoder,

@@ -1,29 +1,33 @@
-"""The folder of a run: where everything is, which one is taken, and the newest complete checkpoint in it.
+"""The folder of a run: where everything is, which one is taken, and which checkpoints are in it.
 
-config.yaml  plan.txt  metrics.jsonl  run.log  summary.md  rollouts/step-000010.jsonl
-checkpoints/step-000060/  dumps/  logs/
+config.yaml  plan.txt  metrics.jsonl  ledger.jsonl  run.log  summary.md  driver.lock
+rollouts/step-000010.jsonl  checkpoints/step-000060/  dumps/  logs/
+
+The driver holds driver.lock (`trace_rl.launch.folder_lock`) for the time of a run. What only reads a folder must not
+wait for torch, so the schema of configurations is imported by those alone who write one.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from trace_rl.config.run import RunConfig
-from trace_rl.errors import CheckpointError
-from trace_rl.overlays import dump_config
-from trace_rl.protocols import Drawn, Learner, Teacher
+from trace_rl.workers.checkpoint_files import has_manifest
+
+if TYPE_CHECKING:
+    from trace_rl.config.run import RunConfig
 
 logger = logging.getLogger(__name__)
 
-_STATE_FILE = "trainer.json"
+_STEP = "step-"
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,10 @@ class RunFolder:
         return self.path / "run.log"
 
     @property
+    def lock(self) -> Path:
+        return self.path / "driver.lock"
+
+    @property
     def worker_logs(self) -> Path:
         return self.path / "logs"
 
@@ -58,10 +66,23 @@ class RunFolder:
     def summary(self) -> Path:
         return self.path / "summary.md"
 
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint after so many steps is."""
+        return self.checkpoints / f"{_STEP}{step:06d}"
+
+    def all_checkpoints(self) -> list[Path]:
+        """Every checkpoint, oldest first, in whatever state."""
+        named = self.checkpoints.glob(f"{_STEP}*")
+        return sorted((path for path in named if path.name.removeprefix(_STEP).isdecimal()), key=step_of)
+
     def complete_checkpoints(self) -> list[tuple[int, Path]]:
-        """(step, folder) of every complete checkpoint, oldest first; the state file is written last."""
-        found = [folder for folder in self.checkpoints.glob("step-*") if (folder / _STATE_FILE).is_file()]
-        return sorted((int(folder.name.removeprefix("step-")), folder) for folder in found)
+        """(step, folder) of every checkpoint with a manifest that can be read, oldest first."""
+        return [(step_of(folder), folder) for folder in self.all_checkpoints() if has_manifest(folder)]
+
+
+def step_of(checkpoint: Path) -> int:
+    """Training steps before a checkpoint, by its name."""
+    return int(checkpoint.name.removeprefix(_STEP))
 
 
 def open_run_folder(config: RunConfig) -> RunFolder:
@@ -82,6 +103,8 @@ def open_run_folder(config: RunConfig) -> RunFolder:
 
 def write_config(folder: RunFolder, config: RunConfig) -> None:
     """Write the resolved configuration; name what differs from the run that is resumed."""
+    from trace_rl.overlays import dump_config
+
     text = dump_config(config)
     changed = changed_settings(folder, config)
     if changed:
@@ -91,6 +114,8 @@ def write_config(folder: RunFolder, config: RunConfig) -> None:
 
 def changed_settings(folder: RunFolder, config: RunConfig) -> str:
     """What differs from the run in the folder, as `name = now (was before)`; empty where nothing does or no run is."""
+    from trace_rl.overlays import dump_config
+
     if not folder.config.exists():
         return ""
     texts = folder.config.read_text(encoding="utf-8"), dump_config(config)
@@ -107,59 +132,6 @@ def dotted_settings(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {key: value for name, below in named for key, value in dotted_settings(below, name).items()}
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a run has come."""
-
-    step: int
-    """Training steps that are done."""
-    position: Mapping[str, int]
-    """Of the prompt source."""
-    pending: Sequence[Drawn]
-    """Prompts before the position that are not trained on."""
-
-
-@dataclass(frozen=True)
-class RunCheckpoints:
-    """Implements `trace_rl.protocols.Checkpoints`: learner, teacher copy and data position under one folder a step."""
-
-    folder: RunFolder
-    learner: Learner
-    teacher: Teacher
-    keep: int
-
-    def save(self, step: int, position: Mapping[str, int], pending: Sequence[Drawn]) -> None:
-        target = self.folder.checkpoints / f"step-{step:06d}"
-        self.learner.save(target)
-        self.teacher.save(target / "teacher")
-        state = target / _STATE_FILE
-        partial = state.with_suffix(".partial")
-        progress = {"step": step, "position": dict(position), "pending": [asdict(drawn) for drawn in pending]}
-        partial.write_text(json.dumps(progress), encoding="utf-8")
-        partial.rename(state)  # the last act: a checkpoint without this file does not exist
-        for _, old in self.folder.complete_checkpoints()[: -self.keep]:
-            shutil.rmtree(old)
-
-    def load_newest(self) -> Progress:
-        """Bring learner and teacher back; return how far the run had come.
-
-        Raises:
-            CheckpointError: a file of the newest complete checkpoint is damaged or belongs to another set-up.
-        """
-        step, source = self.folder.complete_checkpoints()[-1]
-        try:
-            state = json.loads((source / _STATE_FILE).read_text(encoding="utf-8"))
-            position = {str(key): int(value) for key, value in state["position"].items()}
-            pending = tuple(Drawn(**drawn) for drawn in state["pending"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{source / _STATE_FILE} is damaged ({error}); remove {source} to go on from the checkpoint before"
-            ) from error
-        self.learner.load(source)
-        self.teacher.load(source / "teacher")
-        return Progress(step, position, pending)
-
-
 def trim_metrics(folder: RunFolder, step: int) -> None:
     """Drop lines of steps that will be run again after a resume at `step`; the whole file is kept beside it."""
     if not folder.metrics.exists():
@@ -168,7 +140,9 @@ def trim_metrics(folder: RunFolder, step: int) -> None:
     kept = [line for line in lines if _belongs_before(line, step)]
     if len(kept) < len(lines):
         shutil.copy(folder.metrics, folder.metrics.with_name(f"metrics.before-resume-{step:06d}.jsonl"))
-        folder.metrics.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        partial = folder.metrics.with_name(f".{folder.metrics.name}.partial")
+        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(partial, folder.metrics)  # a full disk leaves the old one
 
 
 def _belongs_before(line: str, step: int) -> bool:

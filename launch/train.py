@@ -11,18 +11,16 @@ if __name__ == "__main__":  # `python -m trace_rl.launch.train CONFIG`, as jobs 
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.logging import RichHandler
 
 from trace_rl.config.run import RunConfig
 from trace_rl.errors import CheckpointError
 from trace_rl.launch import preflight
 from trace_rl.launch.cluster import ray_session
 from trace_rl.launch.display import Display
+from trace_rl.launch.folder_lock import held
 from trace_rl.launch.job import own_code
 from trace_rl.launch.journal import RunJournal
 from trace_rl.launch.ledger import RunLedger
@@ -33,7 +31,9 @@ from trace_rl.launch.plan.text import PLAN_FILE, full_text, short_text
 from trace_rl.launch.preemption import Preemption
 from trace_rl.launch.restarts import Attempt, persist
 from trace_rl.launch.roles import start_roles
-from trace_rl.launch.run_folder import Progress, RunFolder, open_run_folder, trim_metrics, write_config
+from trace_rl.launch.run_checkpoints import Progress
+from trace_rl.launch.run_folder import RunFolder, open_run_folder, trim_metrics, write_config
+from trace_rl.launch.run_log import EARLY_END, logging_to
 from trace_rl.launch.summary import Outcome, summarise_run
 from trace_rl.launch.trackers import open_trackers
 from trace_rl.loop import train
@@ -45,32 +45,39 @@ def run(config: RunConfig, console: Console) -> Outcome:
     """Train as configured; everything that is left behind lies in the run folder.
 
     Raises:
+        ConfigError: another process writes to the run folder.
         TraceError: with one sentence for the user; checkpoints and metrics written so far stay.
     """
     ready = preflight.check(config)
     folder = open_run_folder(config)
-    started = time.monotonic()
-    with _logging_to(folder, console):
-        write_config(folder, config)
-        code = own_code.describe()
-        logger.info(code)
-        console.print(code, markup=False, highlight=False, soft_wrap=True)
-        plan = plan_run(ready.config, ready.prompts, known_gpu_memory(config))
-        (folder.path / PLAN_FILE).write_text(full_text(plan), encoding="utf-8")
-        headline = f"{short_text(plan)}\n  writing to {folder.path}; the whole plan is in {PLAN_FILE} there"
-        console.print(headline, markup=False, highlight=False, soft_wrap=True)
-        display = Display(console, config.run.steps)
-        journal = RunJournal(folder, config.logging, display, open_trackers(config, folder.path))
-        ledger = RunLedger(folder.path)
+    instead = "wait for it, end it, or give this run a folder of its own (run.folder)"
+    with held(folder.lock, f"{folder.path} is being written", instead), logging_to(folder.log, console):
         try:
-            with MemoryWatch() as memory, display:
-                _persist(_Run(ready, folder, journal, ledger, display))
+            return _run_in(folder, config, ready, console)
         except BaseException as error:
-            logger.info("the run ended early: %s", error, exc_info=True)
+            logger.info("%s%s", EARLY_END, error, exc_info=True)
             raise
-        finally:
-            journal.close()
-            ledger.close()
+
+
+def _run_in(folder: RunFolder, config: RunConfig, ready: preflight.Ready, console: Console) -> Outcome:
+    started = time.monotonic()
+    write_config(folder, config)
+    code = own_code.describe()
+    logger.info(code)
+    console.print(code, markup=False, highlight=False, soft_wrap=True)
+    plan = plan_run(ready.config, ready.prompts, known_gpu_memory(config))
+    (folder.path / PLAN_FILE).write_text(full_text(plan), encoding="utf-8")
+    headline = f"{short_text(plan)}\n  writing to {folder.path}; the whole plan is in {PLAN_FILE} there"
+    console.print(headline, markup=False, highlight=False, soft_wrap=True)
+    display = Display(console, config.run.steps)
+    journal = RunJournal(folder, config.logging, display, open_trackers(config, folder.path))
+    ledger = RunLedger(folder.path)
+    try:
+        with MemoryWatch() as memory, display:
+            _persist(_Run(ready, folder, journal, ledger, display))
+    finally:
+        journal.close()
+        ledger.close()
     outcome = Outcome(journal.evaluations, time.monotonic() - started, memory.peak_gib)
     summary = summarise_run(config, folder, outcome)
     folder.summary.write_text(summary, encoding="utf-8")
@@ -120,7 +127,7 @@ def _train(run: _Run, attempt: Attempt, preemption: Preemption) -> None:
     roles = crew.roles
     display.note(f"all roles ready after {time.monotonic() - started:.0f} s")
     progress = Progress(0, {}, ())
-    if (ready.config.run.resume == "auto" or attempt.number) and folder.complete_checkpoints():
+    if (ready.config.run.resume == "auto" or attempt.number) and crew.checkpoints.exist():
         progress = crew.checkpoints.load_newest()
         try:
             roles.prompts.seek(progress.position)
@@ -137,21 +144,3 @@ def _train(run: _Run, attempt: Attempt, preemption: Preemption) -> None:
     attempt.has_begun = True
     with crew.watch:
         train(ready.config, roles, progress.step, run.journal.history, progress.pending, preemption.is_asked)
-
-
-@contextmanager
-def _logging_to(folder: RunFolder, console: Console) -> Iterator[None]:
-    """Send every log line of the driver to run.log, and warnings to the terminal too."""
-    to_file = logging.FileHandler(folder.log, encoding="utf-8")
-    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    to_terminal = RichHandler(logging.WARNING, console, show_time=False, show_path=False)
-    root = logging.getLogger()
-    logging.getLogger("trace_rl").setLevel(logging.INFO)
-    for handler in (to_file, to_terminal):
-        root.addHandler(handler)
-    try:
-        yield
-    finally:
-        for handler in (to_file, to_terminal):
-            root.removeHandler(handler)
-        to_file.close()

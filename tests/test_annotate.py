@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from trace_rl.launch.cli import app
 from trace_rl.launch.run_folder import RunFolder, write_config
 from trace_rl.overlays import load_config
+from trace_rl.workers.checkpoint_files import Manifest, write_manifest
 
 CONFIGS = Path(str(resources.files("trace_rl.configs")))
 RIGHT, WRONG = "sk-right-0123456789", "sk-wrong-9876543210"
@@ -239,7 +240,7 @@ def test_a_policy_annotates_itself_by_its_newest_checkpoint(refuse: Callable[...
         folder = run / "checkpoints" / f"step-{step:06d}"
         (folder / "hf").mkdir(parents=True)
         (folder / "hf" / "config.json").write_text(f'{{"max_position_embeddings": {10 * step}}}')
-        (folder / "trainer.json").write_text("{}")
+        write_manifest(folder, Manifest(step, None, {}))
     message = refuse(run, CONFIGS / "demo.yaml", "annotator.backend=self")
     assert "checkpoints/step-000005/hf, which annotates, has max_position_embeddings = 50" in message
     assert "arithmetic_base, which annotates" in refuse(run, CONFIGS / "demo.yaml", "annotator.backend=static")

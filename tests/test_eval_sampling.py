@@ -20,6 +20,7 @@ from trace_rl.overlays import dump_config, load_config
 from trace_rl.prompts import PromptEncoder
 from trace_rl.protocols import Decoding
 from trace_rl.tasks.arithmetic import base_model_path
+from trace_rl.workers.checkpoint_files import Manifest, write_manifest
 
 SET = EvalSet(name="sums", path="sums.jsonl", samples_per_problem=3)
 PROBLEMS = [Prompt(f"p{index}", f"question {index}", str(index)) for index in range(4)]
@@ -215,7 +216,7 @@ def make_run(folder: Path, model: Path, steps: Sequence[int]) -> Path:
     for step in steps:
         place = folder / f"checkpoints/step-{step:06d}"
         shutil.copytree(model, place / "hf")
-        (place / "trainer.json").write_text("{}")
+        write_manifest(place, Manifest(step, None, {}))
     return folder
 
 
@@ -227,7 +228,7 @@ def test_a_checkpoint_is_found_with_its_precision(checkpoint: Path) -> None:
 
 def test_of_a_run_the_newest_complete_checkpoint_is_taken_or_a_step(checkpoint: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", checkpoint, [10, 20, 30])
-    (run / "checkpoints/step-000030/trainer.json").unlink()
+    (run / "checkpoints/step-000030/manifest.json").unlink()
     found = subject(run)
     assert (found.label, found.system_prompt) == ("run-step-000020", "Be brief.")
     assert found.model.path == str(run / "checkpoints/step-000020/hf")

@@ -24,7 +24,13 @@ from trace_rl.launch.model_files import EMBEDDED, resolve_model
 from trace_rl.launch.placement import Node
 from trace_rl.launch.plan.batch import prompts_in_flight
 from trace_rl.launch.plan.cluster import gpu_memory
-from trace_rl.launch.plan.memory import REDUCE_BUCKET_VALUES, RoleMemory, activation_bytes, kv_bytes_per_token
+from trace_rl.launch.plan.memory import (
+    REDUCE_BUCKET_VALUES,
+    RoleMemory,
+    activation_bytes,
+    checkpoint_bytes,
+    kv_bytes_per_token,
+)
 from trace_rl.launch.plan.run_plan import RunPlan, plan_checked, plan_run, problems
 from trace_rl.launch.plan.shapes import model_shape
 from trace_rl.launch.plan.text import full_text, short_text, size
@@ -147,6 +153,19 @@ def test_stages_offload_and_adapters_move_memory_where_they_should(large: Path) 
     trained = 16 * 36 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 12288))
     assert lora["Adam's moments"] == trained  # 8 bytes, an eighth of them
     assert lora["weights"] == 2 * part + 2 * trained
+
+
+def test_size_of_a_checkpoint_by_hand(large: Path) -> None:
+    parameters = QWEN3_8B_PARAMETERS
+    plan = large_plan(large)
+    assert checkpoint_bytes(plan.config, plan.shape) == (2 + 12) * parameters
+    plan = large_plan(large, "learner.lora.rank=8")
+    adapters = plan.shape.num_trained
+    assert checkpoint_bytes(plan.config, plan.shape) == 2 * 2 * parameters + (2 + 12) * adapters
+    route = "algorithm.routes={r: {selector: {tokens: all}, action: fkl}}"
+    for kind, copy in (("ema", 4), ("periodic", 2), ("live", 0)):
+        plan = large_plan(large, route, f"teacher.weights={{type: {kind}}}")
+        assert checkpoint_bytes(plan.config, plan.shape) == (2 + 12 + copy) * parameters
 
 
 def test_checkpointing_is_what_makes_long_sequences_fit(large: Path) -> None:

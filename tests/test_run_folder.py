@@ -1,4 +1,4 @@
-"""The run folder: which one is taken, what counts as a checkpoint, what a resumed run finds; and the summary."""
+"""The run folder: which one is taken, what a resumed run finds; and the summary."""
 
 import json
 import logging
@@ -6,61 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from file_role import make_checkpoints
 
-from trace_rl.batch import TeacherRequest, TeacherRows, TrainingBatch
 from trace_rl.config.run import RunConfig
-from trace_rl.errors import CheckpointError
-from trace_rl.launch.run_folder import (
-    Progress,
-    RunCheckpoints,
-    RunFolder,
-    open_run_folder,
-    trim_metrics,
-    write_config,
-)
+from trace_rl.launch.run_folder import RunFolder, open_run_folder, trim_metrics, write_config
 from trace_rl.launch.summary import Evaluation, Outcome, summarise_run
 from trace_rl.overlays import load_config
-from trace_rl.protocols import Drawn
 
 
 def make_config(folder: Path, **run: Any) -> RunConfig:
     settings = {"name": "demo", "folder": f"{folder}/{{name}}", **run}
     return RunConfig.model_validate({"model": {"path": "m"}, "data": {"path": "d"}, "run": settings})
-
-
-class FileRole:
-    """A learner and a teacher whose whole state is one number in one file."""
-
-    def __init__(self, value: int = 0) -> None:
-        self.value = value
-        self.is_broken = False
-
-    def train_step(self, batch: TrainingBatch) -> dict[str, float]:
-        raise NotImplementedError
-
-    def refresh(self, step: int) -> bool:
-        return False
-
-    def score(self, requests: list[TeacherRequest]) -> list[TeacherRows]:
-        return []
-
-    def save(self, path: Path) -> None:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "value").write_text(str(self.value))
-        if self.is_broken:
-            raise OSError("disk full")
-
-    def load(self, path: Path) -> None:
-        self.value = int((path / "value").read_text())
-
-
-def make_checkpoints(folder: Path, keep: int = 2) -> tuple[RunCheckpoints, FileRole, FileRole]:
-    learner, teacher = FileRole(), FileRole()
-    return RunCheckpoints(RunFolder(folder), learner, teacher, keep), learner, teacher
-
-
-def steps_in(checkpoints: RunCheckpoints) -> list[int]:
-    return [step for step, _ in checkpoints.folder.complete_checkpoints()]
 
 
 def test_the_folder_carries_the_name_of_the_run(tmp_path: Path) -> None:
@@ -115,59 +71,6 @@ def test_a_changed_value_that_stands_elsewhere_too_is_named(tmp_path: Path, capl
     with caplog.at_level(logging.WARNING):
         write_config(folder, config.model_copy(update={"evaluation": evaluation}))
     assert "evaluation.samples_per_prompt = 8 (was 1)" in caplog.text
-
-
-def test_a_checkpoint_brings_everything_back(tmp_path: Path) -> None:
-    checkpoints, learner, teacher = make_checkpoints(tmp_path)
-    learner.value, teacher.value = 7, 5
-    checkpoints.save(20, {"epoch": 1, "offset": 8}, [Drawn({"epoch": 1, "offset": 4}, 4, 1)])
-    learner.value = teacher.value = 0
-    assert checkpoints.load_newest() == Progress(
-        20, {"epoch": 1, "offset": 8}, (Drawn({"epoch": 1, "offset": 4}, 4, 1),)
-    )
-    assert (learner.value, teacher.value) == (7, 5)
-
-
-def test_the_newest_checkpoint_is_found_by_number(tmp_path: Path) -> None:
-    checkpoints, *_ = make_checkpoints(tmp_path, keep=10)
-    for step in (900, 1000, 1000000, 20):
-        checkpoints.save(step, {"index": step}, [])
-    assert steps_in(checkpoints) == [20, 900, 1000, 1000000]
-    assert checkpoints.load_newest() == Progress(1000000, {"index": 1000000}, ())
-
-
-def test_old_checkpoints_are_removed_after_the_new_one_is_complete(tmp_path: Path) -> None:
-    checkpoints, learner, _ = make_checkpoints(tmp_path, keep=2)
-    for step in (10, 20, 30):
-        checkpoints.save(step, {}, [])
-    assert steps_in(checkpoints) == [20, 30]
-    assert sorted(path.name for path in checkpoints.folder.checkpoints.iterdir()) == ["step-000020", "step-000030"]
-    learner.is_broken = True
-    with pytest.raises(OSError, match="disk full"):
-        checkpoints.save(40, {}, [])
-    assert steps_in(checkpoints) == [20, 30]
-
-
-def test_a_half_written_checkpoint_does_not_exist_and_can_be_written_again(tmp_path: Path) -> None:
-    checkpoints, learner, _ = make_checkpoints(tmp_path)
-    checkpoints.save(10, {"index": 1}, [])
-    learner.is_broken = True
-    with pytest.raises(OSError, match="disk full"):
-        checkpoints.save(20, {"index": 2}, [])
-    assert checkpoints.load_newest() == Progress(10, {"index": 1}, ())
-    learner.is_broken, learner.value = False, 9
-    checkpoints.save(20, {"index": 2}, [])
-    assert checkpoints.load_newest() == Progress(20, {"index": 2}, ())
-    assert learner.value == 9
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"step": 10}', '{"position": {"index": "x"}}', '{"position": 3}'])
-def test_a_damaged_checkpoint_is_named(tmp_path: Path, content: str) -> None:
-    checkpoints, *_ = make_checkpoints(tmp_path)
-    checkpoints.save(10, {"index": 1}, [])
-    (tmp_path / "checkpoints" / "step-000010" / "trainer.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"trainer\.json is damaged .* remove .*step-000010"):
-        checkpoints.load_newest()
 
 
 METRICS = [

@@ -197,7 +197,7 @@ def test_ctrl_c_ends_the_running_cell_and_the_sweep_can_go_on(control: Path) -> 
 
 
 def test_two_sweeps_cannot_share_a_folder(tmp_path: Path) -> None:
-    sentence = f"process {os.getpid()} runs the sweep in .* already"
+    sentence = f"the sweep in .* is run already by process {os.getpid()} on host"
     with only_sweep_in(tmp_path), pytest.raises(ConfigError, match=sentence), only_sweep_in(tmp_path):
         pass
     with only_sweep_in(tmp_path):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from trace_rl.batch import AnnotatedRollout, GradedRollout, SpanClass, TeacherRequest, TeacherRows
-from trace_rl.protocols import Fate, Mark
+from trace_rl.protocols import Fate, Mark, StoredFile
 
 
 class AbsentAnnotator:
@@ -35,8 +35,8 @@ class AbsentTeacher:
             raise ValueError(f"{len(requests)} teacher requests were made, but this run has no teacher")
         return []
 
-    def save(self, path: Path) -> None:
-        return None
+    def save(self, path: Path) -> Mapping[str, StoredFile]:
+        return {}
 
     def load(self, path: Path) -> None:
         return None

@@ -111,6 +111,14 @@ class ErrorRule(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class StoredFile:
+    """A file of a checkpoint as it was written."""
+
+    num_bytes: int
+    digest: str
+
+
 class Teacher(Protocol):
     """Scores the student's tokens under privileged context with weights of its own."""
 
@@ -122,7 +130,9 @@ class Teacher(Protocol):
         """Return one `TeacherRows` per request, in the order of the requests."""
         ...
 
-    def save(self, path: Path) -> None: ...
+    def save(self, path: Path) -> Mapping[str, StoredFile]:
+        """Write to a folder what `load` goes on from; returns the files by their path in it."""
+        ...
 
     def load(self, path: Path) -> None: ...
 
@@ -142,7 +152,9 @@ class Learner(Protocol):
         """Norms of the two parts of the gradient and their cosine; empty where they cannot be had. Takes no step."""
         ...
 
-    def save(self, path: Path) -> None: ...
+    def save(self, path: Path) -> Mapping[str, StoredFile]:
+        """Write to a folder what `load` goes on from; returns the files by their path in it."""
+        ...
 
     def load(self, path: Path) -> None: ...
 

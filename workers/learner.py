@@ -29,7 +29,7 @@ from trace_rl.batch import TokenFigures, TokenStatistics, TrainingBatch
 from trace_rl.config.run import RunConfig
 from trace_rl.errors import ConfigError, DeadlineError, TraceError, TrainingError
 from trace_rl.objective import couples_tokens, merge_sums, objective_of, summarise
-from trace_rl.workers import checkpoint
+from trace_rl.protocols import StoredFile
 from trace_rl.workers.adapters import Adapter
 from trace_rl.workers.batch_runner import StepReport
 from trace_rl.workers.idle import IdleMeter
@@ -194,16 +194,16 @@ class DeepSpeedLearner:
                     break
         self._wait(ends, doing)
 
-    def save(self, path: Path) -> None:
-        """Write a checkpoint that carries the name `path` only when it is complete."""
-        with checkpoint.published(path) as folder:
-            self._all("save", str(folder.absolute()))
+    def save(self, path: Path) -> dict[str, StoredFile]:
+        """Write everything that a learner goes on from to a folder; returns its files by their path in it."""
+        written: list[dict[str, StoredFile]] = self._all("save", str(path.absolute()))
+        return {name: file for part in written for name, file in part.items()}
 
     def load(self, path: Path) -> None:
-        """Continue exactly from a checkpoint of the same layout.
+        """Continue exactly from a checkpoint, which other ranks under another ZeRO stage may have written.
 
         Raises:
-            CheckpointError: it is missing, incomplete, or of another world size, ZeRO stage or precision.
+            CheckpointError: it is missing, or of another model, precision or adapters.
         """
         self._all("load", str(path.absolute()))
 

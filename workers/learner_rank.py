@@ -12,23 +12,26 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import ray
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from trace_rl.batch import RolloutKey, TokenFigures, TokenStatistics, TrainingBatch, TrainingSequence
 from trace_rl.config.learner import LearnerSettings
 from trace_rl.config.roles import Model
-from trace_rl.errors import MovedOnError, TrainingError
+from trace_rl.errors import CheckpointError, MovedOnError, TrainingError
 from trace_rl.objective import Objective
+from trace_rl.protocols import StoredFile
 from trace_rl.workers import heartbeat
 from trace_rl.workers.adapters import Adapter, adapter_config, add_adapters
 from trace_rl.workers.batch_runner import BatchRunner, StepReport
+from trace_rl.workers.checkpoint_files import seal
 from trace_rl.workers.ranks import Ranks
 from trace_rl.workers.revival import new_life
 from trace_rl.workers.weight_file import keep_only, write_version
@@ -38,6 +41,7 @@ from trace_rl.workers.weight_wire import TransferBackend, TransferGroup, WeightM
 if TYPE_CHECKING:
     import deepspeed
 
+    from trace_rl.workers import checkpoint
     from trace_rl.workers.learner_weights import FullWeight
 
 
@@ -208,27 +212,36 @@ class LearnerRank:
             if self._rank == 0:
                 yield {name: weight.to("cpu", copy=True) for name, weight in bucket}
 
-    def save(self, folder: str) -> None:
-        """Write this rank's part of a checkpoint into `folder`; collective."""
+    def save(self, folder: str) -> dict[str, StoredFile]:
+        """Write this rank's part of a checkpoint into `folder` (collective); returns its files by their path in it.
+
+        Raises:
+            CheckpointError: the folder cannot be written to.
+        """
         from trace_rl.workers import checkpoint
 
         self._refuse_after_failure("save its weights")
         weights = self._on_rank_0(self._weights)
-        if self._rank == 0:
-            checkpoint.write_policy(Path(folder), self._policy, weights, self._spec.model.path)
-        if self._adapters:
-            adapter = self._adapter()
+        adapters = self._on_rank_0(self._adapters)
+        target = Path(folder)
+        written: list[Path] = []
+        try:
             if self._rank == 0:
-                adapter.write(Path(folder) / "adapter")
-        checkpoint.write_learner(Path(folder), self._engine, self._rank, self._layout())
+                written += checkpoint.write_policy(target, self._policy, weights, self._spec.model.path)
+            if self._rank == 0 and adapters:
+                Adapter(adapters, adapter_config(self._policy)).write(target / "adapter")
+                written += (target / "adapter").iterdir()
+            written += checkpoint.write_learner(target, self._engine, self._rank, self._layout())
+            return seal(target, written)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"learner rank {self._rank} failed to write to {target}: {error}") from error
 
     def load(self, folder: str) -> None:
-        """Continue from a checkpoint exactly; collective."""
+        """Continue from a checkpoint exactly, whatever ranks and ZeRO stage have written it; collective."""
         from trace_rl.workers import checkpoint
 
-        checkpoint.check_layout(Path(folder), self._layout())
         self._has_moved_on = True
-        checkpoint.read_learner(Path(folder), self._engine, self._rank)
+        checkpoint.read_learner(Path(folder), self._engine, self._rank, self._layout())
         self._failure = ""
 
     def put_away(self, what: str) -> None:
@@ -243,15 +256,16 @@ class LearnerRank:
 
         learner_states.take_back(self._engine)
 
-    def _layout(self) -> dict[str, Any]:
+    def _layout(self) -> checkpoint.Layout:
+        from trace_rl.workers import checkpoint
+
         settings = self._spec.settings
-        return {
-            "learner.world_size": settings.world_size,
-            "learner.zero_stage": settings.zero_stage,
-            # how adapters are sent may change, what they are may not
-            "learner.lora": settings.lora.model_dump(mode="json", exclude={"sync"}) if settings.lora.rank else None,
-            "model.dtype": self._spec.model.dtype,
-        }
+        # how adapters are sent may change, what they are may not
+        lora = settings.lora.model_dump(mode="json", exclude={"sync"}) if settings.lora.rank else None
+        return checkpoint.Layout(
+            meaning={"learner.lora": lora, "model.dtype": self._spec.model.dtype},
+            spread={"learner.world_size": settings.world_size, "learner.zero_stage": settings.zero_stage},
+        )
 
     def _adapter(self) -> Adapter:
         """The adapters, whole on rank 0 and without weights elsewhere."""

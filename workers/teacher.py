@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Float
 from ray import ObjectRef
 from ray.actor import ActorHandle
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -36,10 +37,12 @@ from trace_rl.config.teacher import Teacher as TeacherSettings
 from trace_rl.config.teacher import TeacherWeights
 from trace_rl.errors import CheckpointError, DeadlineError, ModelError, TraceError, WorkerError
 from trace_rl.flops import TransformerShape
+from trace_rl.protocols import StoredFile
 from trace_rl.reply_checks import rows_fault
 from trace_rl.states import states_array
 from trace_rl.token_layout import Packed, Padded, predicting_positions
 from trace_rl.workers import heartbeat
+from trace_rl.workers.checkpoint_files import seal
 from trace_rl.workers.idle import IdleMeter
 from trace_rl.workers.policy_model import final_hidden, head_weight, is_flash, load_policy, transformer_shape
 from trace_rl.workers.revival import RestartedError, life_of, new_life
@@ -144,13 +147,21 @@ class TeacherModel:
         """The output head that belongs to the states of the rows; of several models side by side."""
         return torch.cat([head.cpu() for head in self._heads()], dim=-1).clone()
 
-    def save(self, path: Path) -> None:
-        """Write what depends on earlier steps; other kinds of weights leave nothing behind."""
+    def save(self, path: Path) -> dict[str, StoredFile]:
+        """Write what depends on earlier steps; other kinds of weights leave nothing behind.
+
+        Raises:
+            CheckpointError: the folder cannot be written to.
+        """
         if self._weights.depends_on != "history":
-            return
-        path.mkdir(parents=True, exist_ok=True)
+            return {}
         named = {name: value.detach().cpu().contiguous() for name, value in self._models[-1].named_parameters()}
-        save_file(self._average or named, path / _STATE_FILE)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            save_file(self._average or named, path / _STATE_FILE)
+            return seal(path, [path / _STATE_FILE])
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"the teacher failed to write to {path}: {error}") from error
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint.
@@ -283,8 +294,8 @@ class RayTeacher:
         """Score, and give the learner the head that belongs to the states when it has another one."""
         return self._surviving(lambda: self._score(requests)) if requests else []
 
-    def save(self, path: Path) -> None:
-        self._surviving(lambda: self._call("save", path, doing="saving its weights"))
+    def save(self, path: Path) -> dict[str, StoredFile]:
+        return self._surviving(lambda: self._save(path))
 
     def load(self, path: Path) -> None:
         self._call("load", path, doing="loading its weights")
@@ -330,6 +341,10 @@ class RayTeacher:
                 f"{error}; its copy of the policy (teacher.weights.type = {self._weights.type}) was in its memory and "
                 "in the last checkpoint only"
             ) from error
+
+    def _save(self, path: Path) -> dict[str, StoredFile]:
+        written: dict[str, StoredFile] = self._call("save", path, doing="saving its weights")
+        return written
 
     def _call(self, method: str, *args: Any, doing: str) -> Any:
         with self.idle.busy():

@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trace_rl.batch import TokenFigures, TokenStatistics, TrainingBatch
-from trace_rl.protocols import Metrics, WeightSync
+from trace_rl.protocols import Metrics, StoredFile, WeightSync
 from trace_rl.workers.learner import DeepSpeedLearner
 from trace_rl.workers.waiting import wait_for
 
@@ -138,14 +138,14 @@ class LearnerInTurns:
         self._turns.to_learner()
         return self._learner.canary_logprobs(sequences)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path) -> Mapping[str, StoredFile]:
         """In a turn that is borrowed, because engines go on with the weights that they have."""
         if self._turns.is_learners:
-            self._learner.save(path)
-            return
+            return self._learner.save(path)
         self._turns.borrow()
-        self._learner.save(path)
+        written = self._learner.save(path)
         self._turns.give_back()
+        return written
 
     def load(self, path: Path) -> None:
         self._turns.to_learner()

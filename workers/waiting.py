@@ -21,7 +21,8 @@ from ray.exceptions import (
 )
 
 from trace_rl.errors import DeadlineError, TraceError, WorkerError
-from trace_rl.workers.worker_logs import ANSI, RAISED, process_in, whereabouts, whereabouts_of_actor
+from trace_rl.workers.last_words import ANSI, RAISED
+from trace_rl.workers.worker_logs import process_in, whereabouts, whereabouts_of_actor
 
 DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, WorkerCrashedError)
 """What Ray raises where a process is gone; the others are raised inside of one that goes on."""

@@ -1,7 +1,7 @@
 """Where a worker process of Ray runs, which log it writes, and what of that log tells why it ended.
 
-Decides how a process is found behind a reference or in what Ray says of a failure, and which lines of a log are worth
-quoting. Must not know roles, or what was waited for.
+Decides how a process is found behind a reference or in what Ray says of a failure; which line of a log is worth quoting
+is decided by `trace_rl.workers.last_words`. Must not know roles, or what was waited for.
 
 Invariants: nothing here raises, and no look-up takes longer than `LOOKUP_S`, because a failure must not hide behind the
 search of its log; what cannot be found out is left out.
@@ -19,21 +19,13 @@ from typing import Any, TypeVar
 
 import ray
 
+from trace_rl.workers.last_words import ANSI, last_words
+
 Result = TypeVar("Result")
 
 LOOKUP_S = 5.0
 """How long Ray's head may take to tell of an actor; it may be what hangs."""
 
-ANSI = re.compile(r"\x1b\[[0-9;]*m")
-RAISED = re.compile(r"[\w.]+(Error|Exception|Exit|Interrupt)\b: ")
-"""The last line of a stack."""
-
-_TAIL_BYTES = 1 << 16
-_LAST_LINES = 40  # an exception farther up was survived
-_LONGEST_QUOTE = 300
-_FATAL = re.compile(
-    r"Fatal Python error: |terminate called after throwing|CUDA error|out of memory|Bus error|No space left"
-)
 _IN_TASK = re.compile(r"\(pid=(?P<pid>\d+), ip=(?P<node>[\w.:]+)")
 _OF_DEAD = re.compile(r"^\tpid: (?P<pid>\d+)$.*?^\tip: (?P<node>[\w.:]+)$", re.MULTILINE | re.DOTALL)
 _OF_OOM = re.compile(r"\(IP: (?P<node>[\w.:]+),.*?Selected to kill: .*?\bpid=(?P<pid>\d+)", re.DOTALL)
@@ -61,7 +53,7 @@ class WorkerProcess:
 
     def last_words(self) -> str:
         """The line of its log that tells why it ended; empty where there is none, or the log is on another node."""
-        return _quietly(self._last_words, "")
+        return _quietly(lambda: last_words(self._files(f"worker-*-{self.pid}.*")), "")
 
     def _log(self) -> str:
         pattern = f"worker-*-{self.pid}.err"
@@ -70,16 +62,6 @@ class WorkerProcess:
         if found:
             return str(folder / found[-1].name if folder else found[-1])
         return str(_log_folder() / pattern)
-
-    def _last_words(self) -> str:
-        tails = [_tail(file) for file in self._files(f"worker-*-{self.pid}.*")]
-        for lines in tails:
-            if fatal := [line for line in lines if _FATAL.search(line)]:
-                return fatal[-1][:_LONGEST_QUOTE]
-        for lines in tails:
-            if raised := [line for line in lines[-_LAST_LINES:] if RAISED.match(line)]:
-                return raised[-1][:_LONGEST_QUOTE]
-        return ""
 
     def _files(self, pattern: str) -> list[Path]:
         """Its logs, if they lie on this node; the newest last, because the system gives process ids again."""
@@ -127,13 +109,6 @@ def is_running(actor_id: str) -> bool:
 
 def _whereabouts(reference: ray.ObjectRef[Any]) -> str:
     return whereabouts_of_actor(reference.task_id().actor_id().hex())
-
-
-def _tail(file: Path) -> list[str]:
-    with file.open("rb") as opened:
-        opened.seek(max(0, file.stat().st_size - _TAIL_BYTES))
-        text = opened.read().decode("utf-8", "replace")
-    return [line.strip() for line in ANSI.sub("", text).splitlines() if line.strip()]
 
 
 def _log_folder() -> Path:

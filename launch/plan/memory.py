@@ -106,6 +106,21 @@ def kv_bytes_per_token(shape: ModelShape, workers: int) -> int:
     return shape.num_layers * heads * shape.head_dim * 2 * shape.bytes_per_value
 
 
+def checkpoint_bytes(config: RunConfig, shape: ModelShape) -> int:
+    """Of one checkpoint on the disk, without small files: the policy, float32 weights and moments, the teacher's copy.
+
+    Of P weights in b bytes, T trained ones: b P, and 12 T; with adapters the weights that are not trained and the
+    adapters, 2 b P + b T + 12 T; of a teacher that depends on earlier steps another b P, or 4 P of an average.
+    """
+    nbytes = shape.weights.nbytes + 12 * shape.num_trained
+    if shape.adapters.nbytes:
+        nbytes += shape.weights.nbytes + shape.adapters.nbytes
+    weights = config.teacher.weights
+    if config.needs_teacher and weights.depends_on == "history":
+        nbytes += 4 * shape.num_parameters if weights.is_average else shape.weights.nbytes
+    return nbytes
+
+
 def engine_memory(
     name: str,
     roles: tuple[str, ...],

@@ -9,7 +9,6 @@ This module must not know how cells are run or what they measure.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
@@ -19,8 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from trace_rl.errors import ConfigError
 from trace_rl.launch.append_only import drop_half_line
+from trace_rl.launch.folder_lock import held
 
 Kind = Literal["started", "finished", "broke", "stopped", "interrupted", "reopened"]
 Status = Literal["waiting", "running", "finished", "failed", "stopped"]
@@ -96,18 +95,8 @@ def only_sweep_in(folder: Path) -> Iterator[None]:
         ConfigError: another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise ConfigError(
-                f"process {file.read() or '(unknown)'} runs the sweep in {folder} already; wait for it, end it, or "
-                "give this sweep another folder"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+    instead = "wait for it, end it, or give this sweep another folder"
+    with held(folder / "lock", f"the sweep in {folder} is run", instead):
         yield
 
 

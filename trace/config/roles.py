@@ -176,6 +176,9 @@ class Run(Section):
     checkpoint_every: int = Field(50, ge=0)
     """Steps between checkpoints, beside one at the end; 0: only at the end."""
     keep_checkpoints: int = Field(2, ge=1)
+    """Newest checkpoints that stay."""
+    keep_best: int = Field(0, ge=0)
+    """Checkpoints that stay beside them: those with the best held-out pass@1, where it was measured at their step."""
     max_restarts: int = Field(3, ge=0)
     """How often in a row, without a checkpoint between, a run starts again from its last checkpoint by itself after the
     loss of what nothing replaces while it goes on: a rank of the learner, a node, the connection between them."""
@@ -183,7 +186,7 @@ class Run(Section):
     """How long a run that was told to end (SIGTERM) may take to finish its step and write a checkpoint; then it ends
     without."""
     resume: Literal["auto", "never"] = "never"
-    """`auto`: go on from the newest complete checkpoint in the folder where there is one. `never`: take the next free
+    """`auto`: go on from the newest undamaged checkpoint in the folder where there is one. `never`: take the next free
     folder beside one that holds a run already."""
 
     @model_validator(mode="after")

@@ -1,0 +1,1 @@
+"""What has become of a run, told from its folder alone."""
