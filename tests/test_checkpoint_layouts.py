@@ -14,7 +14,7 @@ from trace_rl.workers.learner import learner_spec
 
 pytestmark = pytest.mark.engine
 
-TOLERANCES = {"float32": 2e-7, "bfloat16": 2e-3, "lora": 2e-7}
+TOLERANCES = {"float32": 2e-7, "bfloat16": 4e-3, "lora": 2e-7}
 """Of weights after a further step: gradients of another number of ranks are added up in another order."""
 KINDS: dict[str, dict[str, Any]] = {
     "float32": {},

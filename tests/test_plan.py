@@ -156,16 +156,15 @@ def test_stages_offload_and_adapters_move_memory_where_they_should(large: Path) 
 
 
 def test_size_of_a_checkpoint_by_hand(large: Path) -> None:
-    parameters = QWEN3_8B_PARAMETERS
-    plan = large_plan(large)
-    assert checkpoint_bytes(plan.config, plan.shape) == (2 + 12) * parameters
-    plan = large_plan(large, "learner.lora.rank=8")
-    adapters = plan.shape.num_trained
-    assert checkpoint_bytes(plan.config, plan.shape) == 2 * 2 * parameters + (2 + 12) * adapters
+    parameters, plain = QWEN3_8B_PARAMETERS, large_plan(large)
+    assert checkpoint_bytes(plain.config, plain.shape) == (2 + 12) * parameters
+    adapted = large_plan(large, "learner.lora.rank=8")
+    assert checkpoint_bytes(adapted.config, adapted.shape) == 4 * parameters + (2 + 12) * adapted.shape.num_trained
     route = "algorithm.routes={r: {selector: {tokens: all}, action: fkl}}"
     for kind, copy in (("ema", 4), ("periodic", 2), ("live", 0)):
-        plan = large_plan(large, route, f"teacher.weights={{type: {kind}}}")
-        assert checkpoint_bytes(plan.config, plan.shape) == (2 + 12 + copy) * parameters
+        settings = [f"model.path={large}", "data.path=rows.jsonl", route, f"teacher.weights={{type: {kind}}}"]
+        config = load_config([CONFIGS / "base.yaml"], settings)
+        assert checkpoint_bytes(config, plain.shape) == (2 + 12 + copy) * parameters
 
 
 def test_checkpointing_is_what_makes_long_sequences_fit(large: Path) -> None:
