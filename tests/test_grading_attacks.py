@@ -24,8 +24,9 @@ LIBRARY_BYTES = 2**28
 PARENT_GROWTH_BYTES = 64 * 2**20
 RIGHT, WRONG = ("\\boxed{\\frac{140}{2}}", "70"), ("\\boxed{71}", "70")
 ALIVE = [Verdict(1.0, "graded"), Verdict(0.0, "graded")]
-ENDED = ("ended with status", "reach for")
-"""What a verdict says of a process that ended before its deadline."""
+REACHED = "reach for"
+ENDED = ("ended with status", REACHED)
+"""What verdicts say of processes that ended before their deadline."""
 
 
 @dataclass
@@ -135,6 +136,7 @@ def test_no_payload_runs(attacked: Run, canary: Path) -> None:
     code = [attack.name for attack in corpus(canary) if attack.attack in ("code", "commands", "characters")]
     details = {name: attacked.verdicts[name].detail for name in code}
     assert not {name: detail for name, detail in details.items() if any(word in detail for word in ENDED)}
+    assert not {name: verdict for name, verdict in attacked.verdicts.items() if REACHED in verdict.detail}
 
 
 def test_processes_start_no_others_and_stay_within_their_memory(attacked: Run) -> None:

@@ -146,7 +146,10 @@ def _parse_reference(reference: str) -> tuple[Any, ...]:
 def _parse(answer: str) -> list[Any]:
     """What the answer can be read as: an expression, where it is one, and its normalised text."""
     read = parse(f"\\boxed{{{answer}}}", _LATEX, parsing_timeout=None)
-    return [plain for item in read if (plain := _with_plain_names(item)) is not None]
+    try:
+        return [plain for item in read if (plain := _with_plain_names(item)) is not None]
+    except RecursionError:  # nested deeper than sympy can walk: it counts as a text
+        return [item for item in read if isinstance(item, str)]
 
 
 def _with_plain_names(read: Any) -> Any:
