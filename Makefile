@@ -47,6 +47,7 @@ bench: setup  ## every benchmark in benchmarks/
 	$(BIN)/python benchmarks/straggler_trace.py
 	$(BIN)/python benchmarks/driver_overhead.py
 	$(BIN)/python benchmarks/weight_sync.py
+	$(BIN)/python benchmarks/fuzz.py --inputs 5000
 
 build: setup  ## wheel and source archive in dist/
 	rm -rf build/lib build/bdist.*

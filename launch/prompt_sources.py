@@ -96,8 +96,12 @@ def peek(source: PromptSource, count: int) -> list[Prompt]:
 def _rows(path: str, split: str) -> list[tuple[str, Mapping[str, Any]]]:
     if path.startswith(_HUB_PREFIX):
         return _dataset_rows(path, _load_from_hub(path.removeprefix(_HUB_PREFIX), split))
-    folder = Path(path).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(path).expanduser()
+        is_folder = folder.is_dir()
+    except (OSError, RuntimeError) as error:  # a name that is too long, the home of nobody
+        raise DataError(f"data path {path!r} cannot be looked up ({first_line(error)}); correct it") from error
+    if is_folder:
         return _dataset_rows(path, open_saved(folder, split, "data.split", "a JSONL file"))
     return read_jsonl(folder)
 

@@ -57,14 +57,26 @@ def test_rows_become_prompts(tmp_path: Path) -> None:
             ['{"id": 7, "question": "x", "answer": "1"}', '{"id": "7", "question": "y", "answer": "1"}'],
             r"data\.jsonl:2 has the id '7' of .*data\.jsonl:1",
         ),
+        (['{"question": "x", "answer": ' + "1" * 5000 + "}"], r"data\.jsonl:1 is not valid JSON \(Exceeds the limit"),
+        (["[" * 100_000], r"data\.jsonl:1 is not valid JSON \(maximum recursion depth"),
+        (['{"question": "\\ud83d", "answer": "1"}'], r"data\.jsonl:1 holds half a character"),
+        (['{"question": "x", "answer": "1", "id": "\\udc00"}'], r"data\.jsonl:1 holds half a character"),
     ],
-    ids=["no answer", "null", "blank", "worked", "no question", "chat", "json", "list", "empty", "same id"],
+    ids=[
+        *("no answer", "null", "blank", "worked", "no question", "chat", "json", "list", "empty", "same id"),
+        *("digits", "depth", "half a question", "half an id"),
+    ],
 )
 def test_a_bad_row_is_named_with_file_and_line(tmp_path: Path, lines: list[str], expected: str) -> None:
     file = write(tmp_path / "data.jsonl", *lines)
     with pytest.raises(DataError, match=expected) as caught:
         to_prompts(read_jsonl(file))
     assert "\n" not in str(caught.value)
+
+
+def test_both_halves_of_a_character_are_one(tmp_path: Path) -> None:
+    file = write(tmp_path / "data.jsonl", '{"question": "\\ud83d\\ude00", "answer": "1"}')
+    assert to_prompts(read_jsonl(file))[0].question == "\U0001f600"
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

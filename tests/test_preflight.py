@@ -342,6 +342,12 @@ def test_held_out_rows_may_come_from_a_file_of_their_own(configure: Configure, t
     assert len({prompt.prompt_id for prompt in source.take(12)}) == 12
 
 
+@pytest.mark.parametrize("path", ["~nobody-of-this-name/rows.jsonl", "x" * 300])
+def test_a_path_that_cannot_be_looked_up_is_named(configure: Configure, path: str) -> None:
+    with pytest.raises(DataError, match=r"data path '.*' cannot be looked up \(.*\); correct it"):
+        open_source(configure(data={"path": path}))
+
+
 def test_a_hugging_face_data_set_on_disk_is_read(configure: Configure, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets", reason="reads a data set that the package wrote")
     table = datasets.Dataset.from_dict({"question": ["1?", "2?", "3?"], "answer": ["1", "2", "3"]})

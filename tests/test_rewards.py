@@ -104,3 +104,26 @@ def test_extraction_takes_any_text(text: str) -> None:
 )
 def test_feedback_says_what_was_wrong_without_the_reference(text: str, reward: float, cause: str, said: str) -> None:
     assert feedback(text, reward, cause) == said
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "reward"),
+    [
+        ("\\boxed{\\text{St. Louis}, \\text{New-York}}", "\\text{New-York}, \\text{St. Louis}", 1.0),
+        ("\\boxed{\\text{St. Louis}}", "\\text{St. Paul}", 0.0),
+        ("\\boxed{a_{n+1} = 2a_{n}}", "a_{n+1} - 2a_{n} = 0", 1.0),
+        ("\\boxed{2\\hat{x} + f(y)}", "f(y) + \\hat{x} + \\hat{x}", 1.0),
+        ("\\boxed{3\\text{a.b} + 1}", "\\text{a.b} + 2\\text{a.b} + 1", 1.0),
+        ("\\boxed{3\\text{a.b} + 1}", "\\text{a-b} + 2\\text{a-b} + 1", 0.0),
+    ],
+)
+def test_names_of_any_kind_are_compared(text: str, answer: str, reward: float) -> None:
+    assert grade_text(text, answer) == reward
+
+
+def test_names_that_could_be_code_are_spelled_otherwise() -> None:
+    """sympy compiles the terms of such a series; the name would end this process, or be a list that is called."""
+    for name in ("[0for[quit.__class__.__getitem__]in[[exit]]]+quit[0]", "a\rimport\x0cthis\rb"):
+        series = f"(\\sum_{{n=0}}^{{\\infty}} \\frac{{\\text{{{name}}}^n}}{{n!}})"
+        assert grade_text(f"\\boxed{{{series}}}", "\\sqrt{2}") == 0.0
+        assert grade_text("\\boxed{\\sqrt{2}}", series) == 0.0

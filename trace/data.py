@@ -8,6 +8,7 @@ of the rows nor the seed of the run. This module must not know where rows come f
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -21,6 +22,7 @@ from trace_rl.prompts import derive_seed
 from trace_rl.tasks.arithmetic import ArithmeticDifficulty, question_at
 
 _QUESTION_KEYS = ("question", "prompt")
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 def read_jsonl(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
@@ -33,6 +35,8 @@ def read_jsonl(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     rows.append((f"{path}:{number}", _to_row(f"{path}:{number}", line)))
+    except OSError as error:
+        raise DataError(f"data file {path} cannot be read ({error.strerror}); check its permissions") from None
     except UnicodeDecodeError as error:
         raise DataError(f"data file {path} is not UTF-8 text ({error}); convert it to UTF-8") from None
     if not rows:
@@ -43,7 +47,7 @@ def read_jsonl(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
 def _to_row(place: str, line: str) -> Mapping[str, Any]:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number of too many digits is no JSONDecodeError
         raise DataError(f"{place} is not valid JSON ({error}); each line must be one JSON object") from None
     if not isinstance(row, dict):
         raise DataError(f"{place} holds a {type(row).__name__}; each line must be one JSON object")
@@ -77,13 +81,19 @@ def _to_prompt(place: str, row: Mapping[str, Any], question_suffix: str) -> Prom
             "'answer' and the whole under 'solution', or no response can ever be graded as correct"
         )
     prompt_id = row.get("id")
-    return Prompt(
+    prompt = Prompt(
         # seeds depend on the id: moving a file must not change a run, so the folder does not count
         prompt_id=Path(place).name if prompt_id is None else str(prompt_id),
         question=question + question_suffix,
         answer=str(answer),
         solution=str(row.get("solution") or ""),
     )
+    if any(map(_HALF_CHARACTER.search, (prompt.prompt_id, prompt.question, prompt.answer, prompt.solution))):
+        raise DataError(
+            f"{place} holds half a character (an escape such as \\ud83d without its second half), which no tokenizer "
+            "or file can hold; correct the text"
+        )
+    return prompt
 
 
 def split_heldout(prompts: Sequence[Prompt], num_heldout: int) -> tuple[list[Prompt], list[Prompt]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from pydantic import BaseModel, ValidationError
 
 from trace_rl.config.base import Kind
 from trace_rl.config.run import RunConfig
-from trace_rl.errors import ConfigError
+from trace_rl.errors import ConfigError, first_line
 from trace_rl.secrecy import Redactor, literal_secret_in
 
 Path_ = tuple[str, ...]
@@ -31,6 +32,13 @@ PlaceOf = Callable[[Mapping[str, Any], str], str]
 Schema = TypeVar("Schema", bound=BaseModel)
 
 _MERGE_TAG = "tag:yaml.org,2002:merge"
+_SHORT = reprlib.Repr()
+"""Shows values in messages: a list can hold itself, or a thousand others."""
+_SHORT.maxstring = _SHORT.maxother = 200
+_MAX_LEVELS = 64
+"""Of a dotted key; settings are a handful of levels deep."""
+_MAX_BITS = 256
+"""Of a whole number; what is longer is no setting, and Python refuses to print it."""
 
 
 @dataclass
@@ -108,12 +116,33 @@ class _Replace(dict[str, Any]):
     """A mapping tagged `!replace`."""
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys and remembers the line of each key."""
+class _Values(yaml.SafeLoader):
+    """SafeLoader that refuses every scalar which is not what it looks like, a date of month 99 say, with its line."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        if not isinstance(node, yaml.ScalarNode):
+            return super().construct_object(node, deep)
+        kind = node.tag.rpartition(":")[2]
+        try:
+            value = super().construct_object(node, deep)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            problem = f"{node.value[:60]!r} is no valid {kind}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+        if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+            problem = f"a number of {value.bit_length()} bits is no setting"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return value
+
+
+class _Loader(_Values):
+    """Refuses duplicate keys as well, and remembers the line of each key."""
 
     lines: dict[int, dict[str, int]]
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        if not isinstance(node, yaml.MappingNode):  # of a tag, such as !replace, on something else
+            problem = f"a {node.id} stands where a mapping should be"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         seen: dict[Any, int] = {}
         for key_node, _ in node.value:
             if key_node.tag == _MERGE_TAG:
@@ -217,18 +246,24 @@ def _place(keys: Path_, layers: Layers) -> str:
 def _import_plugins(layers: Layers) -> None:
     """Import the modules under `plugins`, so that the kinds they define are known when the rest is read."""
     names = layers.tree.get("plugins", ())
+    if not isinstance(names, str | list | tuple):
+        return  # the schema will refuse it
     for name in [names] if isinstance(names, str) else names:
         try:
             importlib.import_module(str(name))
-        except ImportError as error:
+        except Exception as error:  # a module may raise anything while it is imported
             raise ConfigError(
-                f"{layers.places['plugins',]}: plugins names {name!r}, which cannot be imported ({error}); give a "
-                "module that is installed, or start in the folder that holds it"
+                f"{layers.places['plugins',]}: plugins names {name!r}, which cannot be imported ({first_line(error)}); "
+                "give a module that is installed, or start in the folder that holds it"
             ) from error
 
 
 def _add_file(layers: Layers, file: Path, chain: tuple[Path, ...]) -> None:
-    file = file.resolve()
+    try:
+        file = file.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a null byte, or links in a circle
+        asked = f", which {chain[-1]} extends," if chain else ""
+        raise ConfigError(f"config file {str(file)!r}{asked} is no path ({first_line(error)}); correct it") from None
     if file in chain:
         raise ConfigError(f"{file} extends itself through {' -> '.join(str(each) for each in (*chain, file))}")
     tree, lines = _read(file, chain)
@@ -236,7 +271,9 @@ def _add_file(layers: Layers, file: Path, chain: tuple[Path, ...]) -> None:
     parents = [extends] if isinstance(extends, str) else extends
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
         place = f"{file}:{lines[id(tree)]['extends']}"
-        raise ConfigError(f"{place}: extends is {extends!r}; expected a path or a list of paths beside this file")
+        raise ConfigError(
+            f"{place}: extends is {_SHORT.repr(extends)}; expected a path or a list of paths beside this file"
+        )
     for parent in parents:
         _add_file(layers, file.parent / parent, (*chain, file))
     _merge(layers, layers.tree, tree, (), lambda mapping, key: f"{file}:{lines.get(id(mapping), {}).get(key, '?')}")
@@ -262,6 +299,8 @@ def _read(file: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[int
         place = f"{file}:{mark.line + 1}" if mark else str(file)
         problem = (getattr(error, "problem", None) or str(error)).splitlines()[0]
         raise ConfigError(f"{place}: not valid YAML ({problem})") from None
+    except RecursionError:
+        raise ConfigError(f"{file} is nested too deeply to be read; settings are a handful of levels deep") from None
     if not isinstance(tree, dict):
         raise ConfigError(
             f"{file} holds a {type(tree).__name__}; expected a mapping of sections such as model and data"
@@ -275,15 +314,19 @@ def _add_override(layers: Layers, override: str) -> None:
     if not separator or not all(keys):
         raise ConfigError(f"override {override!r} is not of the form section.key=value, for example run.steps=100")
     try:
-        value = yaml.safe_load(text) if text else None
+        value = yaml.load(text, _Values) if text else None
     except yaml.YAMLError:
         value = text
+    except RecursionError:
+        raise ConfigError(f"override {dotted.strip()} has a value that is nested too deeply to be read") from None
     # the place is the key alone: a value may be a secret that was given where none belongs
     _add_setting(layers, dotted.strip(), value, lambda mapping, key: f"override {dotted.strip()}")
 
 
 def _add_setting(layers: Layers, dotted: str, value: Any, place_of: PlaceOf) -> None:
     *above, last = dotted.split(".")
+    if len(above) >= _MAX_LEVELS:
+        raise ConfigError(f"{dotted[:60]}... names {len(above) + 1} levels; settings are a handful of levels deep")
     tree: dict[str, Any] = {last: value}
     for key in reversed(above):
         tree = {key: tree}
@@ -327,7 +370,7 @@ def _explain(problem: Any, layers: Layers) -> str:
         return f"{prefix}{dotted} has {problem['msg']}"
     if problem["type"] == "value_error":
         return f"{prefix}{problem['ctx']['error']}"
-    return f"{prefix}{dotted} is {problem['input']!r}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    return f"{prefix}{dotted} is {_SHORT.repr(problem['input'])}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
 def _known_keys(schema: type[BaseModel], keys: Path_) -> list[str]:

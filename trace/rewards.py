@@ -4,8 +4,12 @@ The answer is the content of the last complete `\\boxed{}`; without one, the las
 Equality is decided by math-verify (LaTeX parsed by a grammar, compared by sympy).
 
 Invariants:
-* Model text is never evaluated as code: math-verify's plain-expression path, which hands text to Python's `eval`
-  through sympy's `parse_expr`, is not used; everything is read as LaTeX.
+* Model text is never evaluated as code. Three ways lead there, and each is closed. math-verify's plain-expression path
+  hands text to Python's `eval` through sympy's `parse_expr`: it is not used, everything is read as LaTeX by a grammar.
+  Numbers in LaTeX take that path too (`sympy.Number(text)`): the grammar lets nothing but digits, separators and an
+  exponent come so far. And sympy compiles terms of series to Python functions (`lambdify`), with the names of symbols,
+  which can be any text in LaTeX (`\\text{...}`): names that could be code are spelled otherwise (`_with_plain_names`)
+  before anything is compared.
 * Extraction takes time linear in the text. Parsing and comparing may take forever (`9^{9^{9^9}}`), and the
   signal-based timeouts of math-verify cannot interrupt big-integer arithmetic, so they are off: a caller runs
   `grade_text` in a process that it can kill (`trace_rl.workers.grading`).
@@ -15,12 +19,17 @@ This module must not know about deadlines, truncated rollouts or who asks.
 
 from __future__ import annotations
 
+import builtins
+import keyword
 import re
 from collections import deque
 from functools import lru_cache
 from typing import Any
 
 from math_verify import LatexExtractionConfig, parse, verify
+from sympy import Basic, MatrixBase, Symbol
+from sympy.core.function import AppliedUndef
+from sympy.core.symbol import Str
 
 from trace_rl.batch import GradeCause
 from trace_rl.errors import RewardError
@@ -42,6 +51,15 @@ _CANDIDATE = re.compile(
     re.DOTALL | re.VERBOSE,
 )
 _LATEX = (LatexExtractionConfig(boxed_match_priority=0),)
+_PLAIN_NAME = re.compile(
+    rf"""
+    \w*                                                       # one word
+    | \\[A-Za-z] .*                                           # \text{{...}}: the backslash is an error in Python,
+    | (?!\d) (?! (?:{"|".join(keyword.kwlist)}) \{{ ) \w+ \{{ .*  # and so is a brace behind a word, as in x_{{...}}
+    """,
+    re.DOTALL | re.VERBOSE,
+)
+_NO_WORD = re.compile(r"\W")
 
 
 def grade_text(text: str, answer: str) -> float:
@@ -126,4 +144,26 @@ def _parse_reference(reference: str) -> tuple[Any, ...]:
 
 
 def _parse(answer: str) -> list[Any]:
-    return list(parse(f"\\boxed{{{answer}}}", _LATEX, parsing_timeout=None))
+    """What the answer can be read as: an expression, where it is one, and its normalised text."""
+    read = parse(f"\\boxed{{{answer}}}", _LATEX, parsing_timeout=None)
+    try:
+        return [plain for item in read if (plain := _with_plain_names(item)) is not None]
+    except RecursionError:  # nested deeper than sympy can walk: it counts as a text
+        return [item for item in read if isinstance(item, str)]
+
+
+def _with_plain_names(read: Any) -> Any:
+    """The same expression without names that would mean something in Python code; None where one cannot be changed."""
+    if not isinstance(read, Basic | MatrixBase):
+        return read
+    symbols = [symbol for symbol in read.atoms(Symbol) if not _PLAIN_NAME.fullmatch(symbol.name)]
+    if symbols:
+        read = read.xreplace({symbol: Symbol(_spelled(symbol.name), **symbol.assumptions0) for symbol in symbols})
+    functions = {function.func.__name__ for function in read.atoms(AppliedUndef)}
+    names = functions | {text.name for text in read.atoms(Str)}
+    is_plain = functions.isdisjoint(dir(builtins)) and all(map(_PLAIN_NAME.fullmatch, names))
+    return read if is_plain else None
+
+
+def _spelled(name: str) -> str:
+    return _NO_WORD.sub(lambda character: f"_{ord(character[0]):x}_", name)

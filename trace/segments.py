@@ -61,7 +61,7 @@ class Segmentation(Section):
     def _is_regular_expression(cls, boundary: str) -> str:
         try:
             re.compile(boundary)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"annotator.segmentation.boundary {boundary!r} is not a regular expression ({error}); correct it"
             ) from None

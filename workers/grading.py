@@ -4,9 +4,10 @@ Why not `pebble.ProcessPool`: it sends SIGTERM first, which a child inside big-i
 waits 3 s for it while it holds the lock that every other child needs, so one bad response stalls the whole pool.
 
 A child is a fresh interpreter that imports math-verify only (about half a second); no fork of a process that holds
-threads, Ray or a GPU. The deadline starts when an idle, ready child is handed the text. A child that is killed, dies or
-breaks the protocol is replaced; the next text finds a new one. Children of a parent that was itself killed end too:
-idle ones see their pipe close, busy ones are ended by a kernel timer.
+threads, Ray or a GPU. The deadline starts when an idle, ready child is handed the text. A child that is killed, dies,
+breaks the protocol or has grown (sympy caches what it computes) is replaced; the next text finds a new one. Children of
+a parent that was itself killed end too: idle ones see their pipe close, busy ones are ended by a kernel timer. What
+a child may do besides computing is decided in `trace_rl.workers.confinement`.
 
 This module must not know about Ray, rollouts or metrics.
 """
@@ -17,7 +18,6 @@ import json
 import logging
 import os
 import queue
-import resource
 import signal
 import socket
 import struct
@@ -29,6 +29,7 @@ from multiprocessing.connection import Connection, Pipe
 from typing import TYPE_CHECKING, NamedTuple
 
 from trace_rl.errors import WorkerError
+from trace_rl.workers.confinement import VIOLATION_STATUS, limit_resources, refuse_side_effects, resident_bytes
 
 if TYPE_CHECKING:  # a child imports this module, and starts in half the time without numpy
     from trace_rl.batch import GradeCause
@@ -37,8 +38,14 @@ START_TIMEOUT_S = 60.0
 """Deadline for a child to have imported math-verify."""
 KILL_TIMEOUT_S = 10.0
 """Deadline for the kernel to end a killed child."""
-MAX_CHILD_BYTES = 4 * 2**30
-"""Address space of a child: a response that asks for more gets a MemoryError instead of the machine."""
+MAX_TEXT_BYTES = 2**30
+"""Address space that a text may take beyond what a ready child has: one that asks for more gets a MemoryError instead
+of the machine."""
+MAX_KEPT_BYTES = 2**28
+"""Memory that a child may still hold after a text; one with more is replaced. A new one holds 0.1 GiB."""
+_MAX_ERROR_CHARS = 500
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+"""numpy would start a thread for every core; a child has no use for them."""
 
 
 class Verdict(NamedTuple):
@@ -93,7 +100,7 @@ class _Child:
         self._is_ready = False
         self._pipe, theirs = Pipe()
         _bound(self._pipe, timeout_s)
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        environment = os.environ | _ONE_THREAD | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", __name__, str(theirs.fileno()), str(timeout_s)],
@@ -123,7 +130,11 @@ class _Child:
             status = self.kill()
             if status == -signal.SIGALRM:
                 return Verdict(0.0, "timeout")
+            if status == VIOLATION_STATUS:
+                return Verdict(0.0, "error", "the text made the grading process reach for files, programs or sockets")
             return Verdict(0.0, "error", f"the grading process ended with status {status}")
+        if reply["has_grown"]:
+            self.kill()
         if "error" in reply:
             return Verdict(0.0, "error", reply["error"])
         return Verdict(reply["reward"], "graded")
@@ -169,6 +180,8 @@ def _serve(pipe: Connection, timeout_s: float) -> None:
     """The child's loop: one JSON pair in, one JSON verdict out, until the pipe closes."""
     from trace_rl.rewards import grade_text
 
+    limit_resources(MAX_TEXT_BYTES)
+    refuse_side_effects()
     pipe.send_bytes(b"ready")
     while True:
         try:
@@ -179,14 +192,14 @@ def _serve(pipe: Connection, timeout_s: float) -> None:
         try:
             reply: dict[str, float | str] = {"reward": grade_text(text, answer)}
         except Exception as error:
-            reply = {"error": f"{type(error).__name__}: {error}"}
+            reply = {"error": f"{type(error).__name__}: {error}"[:_MAX_ERROR_CHARS]}
         signal.setitimer(signal.ITIMER_REAL, 0)
+        reply["has_grown"] = resident_bytes() > MAX_KEPT_BYTES
         pipe.send_bytes(json.dumps(reply).encode())
 
 
 def _main() -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_CHILD_BYTES, MAX_CHILD_BYTES))
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timeouts are off
     _serve(Connection(int(sys.argv[1])), float(sys.argv[2]))
 

@@ -60,7 +60,7 @@ class Kind(Section):
                 "no_kind", "no type; give a name, or a mapping with type: one of {names}", {"names": names}
             )
         found = value["type"]
-        if found not in cls.kinds or not issubclass(cls.kinds[found], cls):
+        if not isinstance(found, str) or found not in cls.kinds or not issubclass(cls.kinds[found], cls):
             known = sorted(name for name, kind in cls.kinds.items() if issubclass(kind, cls))
             near = difflib.get_close_matches(str(found), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
