@@ -139,7 +139,7 @@ class _Loader(_Values):
 
     lines: dict[int, dict[str, int]]
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Any, Any]:
         if not isinstance(node, yaml.MappingNode):  # of a tag, such as !replace, on something else
             problem = f"a {node.id} stands where a mapping should be"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
