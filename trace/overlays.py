@@ -141,7 +141,7 @@ class _Loader(_Values):
 
     def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Any, Any]:
         if not isinstance(node, yaml.MappingNode):  # of a tag, such as !replace, on something else
-            problem = f"a {node.id} stands where a mapping should be"
+            problem = f"a {type(node).__name__.removesuffix('Node').lower()} stands where a mapping should be"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         seen: dict[Any, int] = {}
         for key_node, _ in node.value:
