@@ -22,10 +22,10 @@ from trace_rl.launch.seats import Place, Seats, actor_of, take_seats
 from trace_rl.workers import heartbeat
 from trace_rl.workers.generator_engine import ENGINE_THREADS, GeneratorEngine
 from trace_rl.workers.learner import DeepSpeedLearner, learner_spec, rank_actors
+from trace_rl.workers.revival import wait_until_ready
 from trace_rl.workers.rewarder import MAX_CONCURRENT_CALLS, MathRewarder
 from trace_rl.workers.teacher import TeacherModel
 from trace_rl.workers.turns import Turns
-from trace_rl.workers.waiting import wait_for
 from trace_rl.workers.weight_sender import transfer_backend
 
 
@@ -142,4 +142,4 @@ def _engine_of_teacher(ready: Ready, place: Place) -> Any:
 
 def _wait_until_ready(actors: Mapping[str, Any], timeout_s: float) -> None:
     for role, actor in actors.items():
-        wait_for(actor.ready.remote(), timeout_s, role, "starting (placement.start_timeout_s)")
+        wait_until_ready(actor, role, timeout_s, "starting (placement.start_timeout_s)")

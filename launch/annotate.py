@@ -38,8 +38,8 @@ from trace_rl.launch.rollout_dump import dump_files, read_dump, run_folder_of
 from trace_rl.launch.run_folder import RunFolder
 from trace_rl.launch.seats import Seats, take_seats
 from trace_rl.workers.annotator import RayAnnotator
+from trace_rl.workers.revival import wait_until_ready
 from trace_rl.workers.token_reader import reader_of
-from trace_rl.workers.waiting import wait_for
 
 _BOTH: frozenset[SpanClass] = frozenset({"key", "error"})
 
@@ -157,7 +157,7 @@ def _start(config: RunConfig, recorded: Recorded, seats: Seats) -> dict[str, Any
     policy = _start_policy(config, seats)
     started = {**policy, **start_annotator(_setting(config, recorded), list(policy.values()), seats)}
     for role, actor in started.items():
-        wait_for(actor.ready.remote(), config.placement.start_timeout_s, role, "starting")
+        wait_until_ready(actor, role, config.placement.start_timeout_s)
     return started
 
 

@@ -17,8 +17,11 @@ from ray import ObjectRef
 from ray.exceptions import ActorUnavailableError, GetTimeoutError
 
 from trace_rl.errors import WorkerError
-from trace_rl.workers.waiting import first_cause, late_error, worker_error
+from trace_rl.workers.waiting import first_cause, late_error, wait_for, worker_error
+from trace_rl.workers.worker_logs import WorkerProcess, starts_of
 
+_ARRIVAL_S = 60.0
+"""For what is there and only has to be copied."""
 _PAUSE_S = 0.5
 """Between two looks at an actor that Ray is starting."""
 
@@ -63,6 +66,36 @@ def life_of(actor: Reviving, suspect: str, timeout_s: float) -> str:
             time.sleep(_PAUSE_S)
         except Exception as error:
             raise worker_error(error, suspect, "starting again") from first_cause(error)
+
+
+def wait_until_ready(actor: Any, role: str, timeout_s: float, doing: str = "starting") -> None:
+    """Wait for `actor.ready()`. A role that dies as it starts is not waited for, although Ray would start it again.
+
+    Raises:
+        WorkerError: it died, failed or was not ready in time; names the role and the first cause.
+    """
+    call, deadline = actor.ready.remote(), time.monotonic() + timeout_s
+    process: WorkerProcess | None = None
+    while True:
+        left_s = max(0.0, deadline - time.monotonic())
+        done, _ = ray.wait([call], timeout=min(_PAUSE_S, left_s))
+        if done:
+            wait_for(call, _ARRIVAL_S, role, doing)
+            return
+        if not left_s:
+            raise late_error(call, role, doing, timeout_s)
+        restarts, present = starts_of(actor._actor_id.hex())
+        if restarts:
+            raise WorkerError(f"{role} died while {doing}: its process ended{_last_trace(process)}")
+        process = present or process
+
+
+def _last_trace(process: WorkerProcess | None) -> str:
+    if process is None:
+        return ""
+    words = process.last_words()
+    said = f'; its log says "{words}"' if words else ""
+    return f"{said} ({process.place})"
 
 
 class Lives:

@@ -107,6 +107,19 @@ def is_running(actor_id: str) -> bool:
     return _quietly(lambda: _in_time(lambda: state.actors(actor_id)).get("State", "ALIVE") == "ALIVE", True)
 
 
+def starts_of(actor_id: str) -> tuple[int, WorkerProcess | None]:
+    """How often an actor was started again, and its present process; (0, None) where Ray does not say."""
+    from ray._private import state
+
+    def look_up() -> tuple[int, WorkerProcess | None]:
+        actor = _in_time(lambda: state.actors(actor_id))
+        process = WorkerProcess(actor["Address"]["IPAddress"], actor["Pid"]) if actor.get("Pid") else None
+        return int(actor.get("NumRestarts", 0)), process
+
+    unknown: tuple[int, WorkerProcess | None] = (0, None)
+    return _quietly(look_up, unknown)
+
+
 def _whereabouts(reference: ray.ObjectRef[Any]) -> str:
     return whereabouts_of_actor(reference.task_id().actor_id().hex())
 
