@@ -28,6 +28,7 @@ import numpy as np
 from trace_rl.batch import Rollout, RolloutKey, RolloutRequest
 from trace_rl.errors import WeightSyncError
 from trace_rl.protocols import Decoding
+from trace_rl.workers.generator_engine import Cancelled
 
 _UNPROVEN = -1
 
@@ -69,7 +70,7 @@ class _Sequence:
     request: RolloutRequest
     max_tokens: int
     length: int
-    arrived: SimpleQueue[list[Rollout | RolloutKey]]
+    arrived: SimpleQueue[list[Rollout | Cancelled]]
     begun_at: float = 0.0
     """On the engine's clock of steps, when the first step began; its tokens are written at +1, +2, ..."""
     is_over: bool = False
@@ -108,13 +109,13 @@ class SleepingEngine:
 
     def generate(
         self, requests: Sequence[RolloutRequest], decoding: Decoding, max_tokens: int
-    ) -> Iterator[list[Rollout | RolloutKey]]:
+    ) -> Iterator[list[Rollout | Cancelled]]:
         """One completion a request; yields those that were done in the same step, or the key of a cancelled one.
 
         Raises:
             WeightSyncError: the weights of this engine are not proven.
         """
-        arrived: SimpleQueue[list[Rollout | RolloutKey]] = SimpleQueue()
+        arrived: SimpleQueue[list[Rollout | Cancelled]] = SimpleQueue()
         with self._lock:
             if self._version == _UNPROVEN:
                 raise WeightSyncError(f"{self._name} was asked for rollouts while its weights are unproven")
@@ -137,7 +138,7 @@ class SleepingEngine:
             for sequence in [each for each in (*self._waiting, *self._running.values()) if each.key in chosen]:
                 sequence.is_over = True
                 self._running.pop(sequence.number, None)
-                sequence.arrived.put([sequence.key])
+                sequence.arrived.put([Cancelled(sequence.key)])
             self._waiting = deque(each for each in self._waiting if not each.is_over)
             self._settle()
             self._lock.notify()
@@ -201,7 +202,7 @@ class SleepingEngine:
 
     def _hand_out(self) -> bool:
         """Whether any completion was done."""
-        done: dict[int, tuple[SimpleQueue[list[Rollout | RolloutKey]], list[Rollout | RolloutKey]]] = {}
+        done: dict[int, tuple[SimpleQueue[list[Rollout | Cancelled]], list[Rollout | Cancelled]]] = {}
         is_changed = False
         while self._ends and self._ends[0][0] <= self._steps + 1e-9:
             _, number = heapq.heappop(self._ends)

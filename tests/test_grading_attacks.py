@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -24,9 +25,25 @@ LIBRARY_BYTES = 2**28
 PARENT_GROWTH_BYTES = 64 * 2**20
 RIGHT, WRONG = ("\\boxed{\\frac{140}{2}}", "70"), ("\\boxed{71}", "70")
 ALIVE = [Verdict(1.0, "graded"), Verdict(0.0, "graded")]
-REACHED = "reach for"
-ENDED = ("ended with status", REACHED)
+REACHED, ENDED = "reach for", "ended with status"
 """What verdicts say of processes that ended before their deadline."""
+
+
+ENDLESS = ("power_tower", "tower_in_the_reference")
+SOME_SLOW_ONES = (
+    *ENDLESS,
+    *(
+        "series_of_call_without_parentheses",
+        "zeros",
+        "matrix_power",
+        "nested_2",
+        "braces",
+        "boxes",
+        "megabyte_of_digits",
+    ),
+    *("megabyte_in_a_box", "megabyte_in_the_reference", "unbalanced_boxes", "many_boxes", "integer", "set_of_100000"),
+    *("set_in_the_reference", "blanks_in_a_box"),
+)
 
 
 @dataclass
@@ -39,16 +56,17 @@ class Watch:
     is_over: threading.Event = field(default_factory=threading.Event)
 
     def look(self) -> None:
-        for child in grading_processes():
+        for pid in grading_processes():
             try:
-                self.peak_bytes = max(self.peak_bytes, child.memory_info().rss)
-                self.offspring |= {" ".join(process.cmdline()) for process in child.children(recursive=True)}
-            except psutil.Error:  # ended meanwhile
+                resident_pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+                self.offspring |= {Path(f"/proc/{child}/cmdline").read_text() for child in children_of(pid)}
+            except (OSError, IndexError):  # ended meanwhile
                 continue
-            self.seen.add(child.pid)
+            self.peak_bytes = max(self.peak_bytes, resident_pages * resource.getpagesize())
+            self.seen.add(pid)
 
     def keep_looking(self) -> None:
-        while not self.is_over.wait(0.02):
+        while not self.is_over.wait(0.05):
             self.look()
 
 
@@ -61,13 +79,19 @@ class Run:
     watch: Watch
 
 
-def grading_processes() -> list[psutil.Process]:
+def children_of(pid: int) -> list[int]:
+    """As the kernel lists them; `psutil` would read the table of all processes for each look."""
+    lists = [tasks.read_text() for tasks in Path(f"/proc/{pid}/task").glob("*/children")]
+    return [int(child) for child in " ".join(lists).split()]
+
+
+def grading_processes() -> list[int]:
     found = []
-    for child in psutil.Process().children():
+    for pid in children_of(os.getpid()):
         try:
-            if "trace_rl.workers.grading" in child.cmdline():
-                found.append(child)
-        except psutil.Error:
+            if "trace_rl.workers.grading" in Path(f"/proc/{pid}/cmdline").read_text():
+                found.append(pid)
+        except OSError:  # ended meanwhile
             continue
     return found
 
@@ -103,51 +127,53 @@ def pool() -> Iterator[GradingPool]:
     made.close()
 
 
+def is_quick(attack: Hostile) -> bool:
+    """Whether it is part of every test run: most are, and some of those that cost a deadline and a new process."""
+    if attack.name.endswith("_everywhere") or attack.name in SOME_SLOW_ONES:
+        return True
+    return attack.attack in ("code", "commands", "characters") and "series" not in attack.name
+
+
 @pytest.fixture(scope="module")
 def attacked(pool: GradingPool, canary: Path) -> Run:
-    """The whole corpus, one pair after the other."""
-    return run(pool, corpus(canary))
+    """The quick attacks, one after the other."""
+    return run(pool, [attack for attack in corpus(canary) if is_quick(attack)])
+
+
+def check_verdicts(found: Run) -> None:
+    """Each in time and with a known cause; errors say in few words what went wrong; nothing earns anything."""
+    assert not {name: seconds for name, seconds in found.seconds.items() if seconds > TIMEOUT_S + MARGIN_S}
+    assert {verdict.cause for verdict in found.verdicts.values()} <= {"graded", "timeout", "error"}
+    for verdict in found.verdicts.values():
+        assert bool(verdict.detail) == (verdict.cause == "error") and len(verdict.detail) < 600
+    assert not {name: verdict for name, verdict in found.verdicts.items() if verdict.reward}
+
+
+def check_nothing_happened(found: Run, canary: Path) -> None:
+    """No payload ran, no process was started, memory stayed below the cap."""
+    assert [file.name for file in canary.parent.iterdir()] == ["canary"] and canary.read_text() == "alive"
+    code = {attack.name for attack in corpus(canary) if attack.attack in ("code", "commands", "characters")}
+    details = {name: verdict.detail for name, verdict in found.verdicts.items()}
+    assert not {name: detail for name, detail in details.items() if REACHED in detail}
+    assert not {name: detail for name, detail in details.items() if ENDED in detail and name in code}
+    assert not found.watch.offspring
+    assert 0 < found.watch.peak_bytes < LIBRARY_BYTES + MAX_TEXT_BYTES
 
 
 def test_every_attack_gets_a_verdict_in_time(attacked: Run) -> None:
-    assert len(attacked.verdicts) >= 100
-    late = {name: seconds for name, seconds in attacked.seconds.items() if seconds > TIMEOUT_S + MARGIN_S}
-    assert not late
-    assert {verdict.cause for verdict in attacked.verdicts.values()} == {"graded", "timeout", "error"}
+    assert len(attacked.verdicts) >= 80
+    check_verdicts(attacked)
+    assert {attacked.verdicts[name].cause for name in ENDLESS} == {"timeout"}
 
 
-def test_no_attack_earns_anything(attacked: Run) -> None:
-    assert not {name: verdict for name, verdict in attacked.verdicts.items() if verdict.reward}
-
-
-def test_what_never_ends_is_a_timeout(attacked: Run) -> None:
-    endless = ("power_tower", "mersenne", "harmonic_sum", "towers_on_both_sides", "tower_in_the_reference")
-    assert {attacked.verdicts[name].cause for name in endless} == {"timeout"}
-
-
-def test_errors_say_what_went_wrong_in_few_words(attacked: Run) -> None:
-    for verdict in attacked.verdicts.values():
-        assert bool(verdict.detail) == (verdict.cause == "error")
-        assert len(verdict.detail) < 600
-
-
-def test_no_payload_runs(attacked: Run, canary: Path) -> None:
-    assert [file.name for file in canary.parent.iterdir()] == ["canary"] and canary.read_text() == "alive"
-    code = [attack.name for attack in corpus(canary) if attack.attack in ("code", "commands", "characters")]
-    details = {name: attacked.verdicts[name].detail for name in code}
-    assert not {name: detail for name, detail in details.items() if any(word in detail for word in ENDED)}
-    assert not {name: verdict for name, verdict in attacked.verdicts.items() if REACHED in verdict.detail}
-
-
-def test_processes_start_no_others_and_stay_within_their_memory(attacked: Run) -> None:
-    assert not attacked.watch.offspring
-    assert len(attacked.watch.seen) > 2  # killed ones were replaced
-    assert attacked.watch.peak_bytes < LIBRARY_BYTES + MAX_TEXT_BYTES
+def test_no_payload_runs_and_memory_stays_bounded(attacked: Run, canary: Path) -> None:
+    check_nothing_happened(attacked, canary)
+    assert len(attacked.watch.seen) > 2  # killed processes were replaced
 
 
 def test_the_pool_is_at_full_strength_afterwards(pool: GradingPool, attacked: Run) -> None:
     assert pool.grade([RIGHT, WRONG] * 4) == ALIVE * 4
-    alive = grading_processes()
+    alive = [psutil.Process(pid) for pid in grading_processes()]
     assert len(alive) == 2
     for process in alive:
         assert process.is_running() and not process.net_connections()
@@ -241,12 +267,16 @@ def test_a_confined_process_may_compute_read_and_import_and_no_more(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_three_rounds_leave_the_parent_as_it_was(pool: GradingPool, attacked: Run, canary: Path) -> None:
+@pytest.mark.timeout(1200)
+def test_three_rounds_of_all_attacks_leave_the_parent_as_it_was(pool: GradingPool, canary: Path) -> None:
+    """About 60 of the attacks run into their deadline."""
+    attacks = corpus(canary)
+    check_verdicts(run(pool, attacks))
     before = psutil.Process().memory_info().rss
     for _ in range(3):
-        again = run(pool, corpus(canary))
-        assert set(again.verdicts) == set(attacked.verdicts)
-        assert again.watch.peak_bytes < LIBRARY_BYTES + MAX_TEXT_BYTES
+        found = run(pool, attacks)
+        check_verdicts(found)
+        check_nothing_happened(found, canary)
         assert pool.grade([RIGHT, WRONG] * 2) == ALIVE * 2
+        assert len(grading_processes()) == 2
     assert psutil.Process().memory_info().rss - before < PARENT_GROWTH_BYTES
-    assert len(grading_processes()) == 2

@@ -200,6 +200,9 @@ def test_values_with_an_equals_sign_stay_whole(write: Write) -> None:
         ("run: {steps: [" + "[1], " * 999 + "]}\n", (), "run.steps is [[1], [1], [1], [1], [1], [1], ...]; input"),
         ("", ("run.steps=2001-99-99",), "override run.steps: run.steps is '2001-99-99'; input should be"),
         ("", ("run.steps=" + "[" * 2000,), "override run.steps has a value that is nested too deeply"),
+        ("run: &a {steps: *a}\n", (), "1.yaml:1: not valid YAML (found unconstructable recursive node)"),
+        ("", ("run=&a {steps: *a}",), "override run: run is '&a {steps: *a}'; input should be"),
+        ("", ("=" + "long " * 900,), " is not of the form section.key=value"),
         ("", (".".join("a" * 65) + "=1",), "names 65 levels; settings are a handful of levels deep"),
         ("annotator: {segmentation: {boundary: 'a{99999999999999999999}'}}\n", (), "is not a regular expression"),
     ],
@@ -209,7 +212,7 @@ def test_a_mistake_is_one_sentence_with_its_place(
 ) -> None:
     message = refusal(write, text, overrides=overrides)
     assert expected in message
-    assert "\n" not in message
+    assert "\n" not in message and len(message) < 1000
 
 
 def test_every_mistake_is_named_on_a_line_of_its_own(write: Write) -> None:

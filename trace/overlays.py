@@ -141,7 +141,8 @@ class _Loader(_Values):
 
     def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Any, Any]:
         if not isinstance(node, yaml.MappingNode):  # of a tag, such as !replace, on something else
-            problem = f"a {type(node).__name__.removesuffix('Node').lower()} stands where a mapping should be"
+            found = "sequence" if isinstance(node, yaml.SequenceNode) else "scalar"
+            problem = f"a {found} stands where a mapping should be"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         seen: dict[Any, int] = {}
         for key_node, _ in node.value:
@@ -164,8 +165,8 @@ class _Loader(_Values):
     keep: list[Any]
 
 
-def _construct_map(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    return loader.construct_mapping(node, deep=True)
+def _construct_map(loader: _Values, node: yaml.MappingNode) -> dict[Any, Any]:
+    return loader.construct_mapping(node, deep=True)  # refuses a mapping that holds itself
 
 
 def _construct_replace(loader: _Loader, node: yaml.MappingNode) -> _Replace:
@@ -176,7 +177,7 @@ def _construct_replace(loader: _Loader, node: yaml.MappingNode) -> _Replace:
     return replaced
 
 
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_map)
+_Values.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_map)
 _Loader.add_constructor("!replace", _construct_replace)
 
 
@@ -312,7 +313,8 @@ def _add_override(layers: Layers, override: str) -> None:
     dotted, separator, text = override.partition("=")
     keys = tuple(dotted.strip().split("."))
     if not separator or not all(keys):
-        raise ConfigError(f"override {override!r} is not of the form section.key=value, for example run.steps=100")
+        given = _SHORT.repr(override)
+        raise ConfigError(f"override {given} is not of the form section.key=value, for example run.steps=100")
     try:
         value = yaml.load(text, _Values) if text else None
     except yaml.YAMLError:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # a child imports this module, and starts in half the time wi
     from trace_rl.batch import GradeCause
 
 START_TIMEOUT_S = 60.0
-"""Deadline for a child to have imported math-verify."""
+"""Deadline for a child to have imported math-verify and graded a first text."""
 KILL_TIMEOUT_S = 10.0
 """Deadline for the kernel to end a killed child."""
 MAX_TEXT_BYTES = 2**30
@@ -43,6 +43,8 @@ MAX_TEXT_BYTES = 2**30
 of the machine."""
 MAX_KEPT_BYTES = 2**28
 """Memory that a child may still hold after a text; one with more is replaced. A new one holds 0.1 GiB."""
+_FIRST = ("\\boxed{2\\sqrt{3}}", "\\sqrt{12}")
+"""Graded before a child is ready: sympy loads parts of itself on first use, which no text's deadline should pay for."""
 _MAX_ERROR_CHARS = 500
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 """numpy would start a thread for every core; a child has no use for them."""
@@ -180,6 +182,7 @@ def _serve(pipe: Connection, timeout_s: float) -> None:
     """The child's loop: one JSON pair in, one JSON verdict out, until the pipe closes."""
     from trace_rl.rewards import grade_text
 
+    grade_text(*_FIRST)
     limit_resources(MAX_TEXT_BYTES)
     refuse_side_effects()
     pipe.send_bytes(b"ready")
