@@ -32,7 +32,7 @@ from trace_rl.workers.checkpoint_files import MANIFEST, DamagedCheckpointError, 
 _CONFIG_BYTES = 1 << 18
 _METRICS_BYTES = 1 << 22
 _LOG_BYTES = 1 << 20
-_LEDGER_BYTES = 1 << 25
+_LEDGER_BYTES = 1 << 23  # 80 000 lines, which take a second and a half
 _CHECKPOINT_BYTES = 1 << 31
 _MANIFEST_BYTES = 1 << 26
 _MOST_FILES = 1000
