@@ -21,7 +21,7 @@ EARLY_END = "the run ended early: "
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _LINE = re.compile(r"(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d{3} (?P<level>[A-Z]+) (?P<logger>[\w.]+): (?P<text>.*)")
-_RAISED = re.compile(r"(?P<name>[A-Za-z_][\w.]*)(?:: (?P<text>.*))?")
+_RAISED = re.compile(r"(?!Traceback\b)(?P<name>[A-Za-z_][\w.]*)(?:: (?P<text>.*))?")
 _DRIVER = "trace_rl.launch.train"
 
 

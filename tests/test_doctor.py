@@ -179,6 +179,16 @@ def test_errors_of_several_lines_are_told_whole(tmp_path: Path) -> None:
     assert cause is not None and (cause.error, cause.sentence) == ("WorkerError", "the rewarder failed: a\nb")
 
 
+def test_a_log_that_is_cut_off_within_the_last_words_says_so(tmp_path: Path) -> None:
+    run = MadeRun(tmp_path)
+    with run.driver(KeyboardInterrupt()):
+        run.train(0, 1)
+    log = run.folder.log.read_text()
+    run.folder.log.write_text(log[: log.index("Traceback") + 9])
+    cause = of(run.path).first_cause
+    assert cause is not None and cause.sentence == "run.log is cut off before it says which"
+
+
 def test_sigterm_and_ctrl_c_are_no_errors(tmp_path: Path) -> None:
     told = PreemptedError("the run was told to end after 3 steps, of which it has a checkpoint")
     for name, raised, is_told, state in (

@@ -231,7 +231,7 @@ def _cause(evidence: Evidence, end: EarlyEnd) -> Cause:
     log = place["log"] if place else ""
     log, says = _log_of(evidence, log) if log else ("", "")
     return Cause(
-        sentence=end.sentence or end.error,
+        sentence=end.sentence or end.error or "run.log is cut off before it says which",
         error=end.error,
         suspect=suspect[0] if suspect else "",
         node=place["node"] if place else "",
