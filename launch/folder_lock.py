@@ -113,6 +113,8 @@ def _take(descriptor: int) -> bool:
 def _holder(descriptor: int) -> Holder | None:
     try:
         told = json.loads(os.pread(descriptor, _HOLDER_BYTES, 0))
-        return Holder(int(told["process"]), str(told["host"]), float(told["since_s"]), str(told["working_folder"]))
+        found = Holder(int(told["process"]), str(told["host"]), float(told["since_s"]), str(told["working_folder"]))
+        time.localtime(found.since_s)  # it may be no time at all
+        return found
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):  # it is being written, or torn
         return None

@@ -21,7 +21,7 @@ EARLY_END = "the run ended early: "
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _LINE = re.compile(r"(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d{3} (?P<level>[A-Z]+) (?P<logger>[\w.]+): (?P<text>.*)")
-_RAISED = re.compile(r"(?P<name>[A-Za-z_][\w.]*)(?:: (?P<text>.*))?")
+_RAISED = re.compile(r"(?!Traceback\b)(?P<name>[A-Za-z_][\w.]*)(?:: (?P<text>.*))?")
 _DRIVER = "trace_rl.launch.train"
 
 
@@ -75,14 +75,13 @@ class EarlyEnd:
 
 def read_entries(text: str) -> list[Entry]:
     """The records of a log, or of its end; what is before the first whole one is left out."""
-    entries: list[Entry] = []
+    found: list[tuple[dict[str, str], list[str]]] = []
     for line in text.split("\n"):
-        if found := _LINE.fullmatch(line):
-            entries.append(Entry(**found.groupdict()))
-        elif entries and line:
-            last = entries[-1]
-            entries[-1] = Entry(last.time, last.level, last.logger, f"{last.text}\n{line}")
-    return entries
+        if head := _LINE.fullmatch(line):
+            found.append((head.groupdict(), [head["text"]]))
+        elif found and line:
+            found[-1][1].append(line)
+    return [Entry(**{**head, "text": "\n".join(lines)}) for head, lines in found]
 
 
 def since_beginning(entries: Sequence[Entry]) -> Sequence[Entry]:

@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from trace_rl.launch.doctor.evidence import gather
 from trace_rl.launch.doctor.text import as_json, as_text, duration
 from trace_rl.launch.restarts import Attempt, persist
 from trace_rl.launch.run_folder import open_run_folder
+from trace_rl.ledger import Record, encode
 from trace_rl.overlays import load_config
 
 
@@ -175,6 +177,16 @@ def test_errors_of_several_lines_are_told_whole(tmp_path: Path) -> None:
         pass
     cause = of(run.path).first_cause
     assert cause is not None and (cause.error, cause.sentence) == ("WorkerError", "the rewarder failed: a\nb")
+
+
+def test_a_log_that_is_cut_off_within_the_last_words_says_so(tmp_path: Path) -> None:
+    run = MadeRun(tmp_path)
+    with run.driver(KeyboardInterrupt()):
+        run.train(0, 1)
+    log = run.folder.log.read_text()
+    run.folder.log.write_text(log[: log.index("Traceback") + 9])
+    cause = of(run.path).first_cause
+    assert cause is not None and cause.sentence == "run.log is cut off before it says which"
 
 
 def test_sigterm_and_ctrl_c_are_no_errors(tmp_path: Path) -> None:
@@ -463,3 +475,46 @@ def test_durations_have_two_units_at_most() -> None:
     assert [duration(seconds) for seconds in (0.4, 89, 90, 3599, 12000, 172800 + 7200)] == [
         "0 s", "89 s", "2 min", "1 h 0 min", "3 h 20 min", "2 d 2 h",
     ]  # fmt: skip
+
+
+def test_a_folder_that_is_made_to_hurt_is_answered_at_once(tmp_path: Path) -> None:
+    run = MadeRun(tmp_path)
+    with run.driver():
+        run.train(0, 5)
+    bomb = "a0: &a0 {x: 1}\n" + "".join(
+        f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}\n" for n in range(1, 30)
+    )
+    run.folder.config.write_text(bomb + f"run: {{steps: {'9' * 300}, name: x, folder: '{{name:>999999999}}'}}\n")
+    record = encode(Record(10**6, "trained", -(10**4000), {"a": 3, "b": None}))  # type: ignore[dict-item]
+    with (run.path / "ledger.jsonl").open("ab") as ledger:
+        ledger.write(record)
+    run.folder.metrics.write_text(f'{{"step": 1e300, "time/step_s": 1}}\n{{"step": 3, "time/step_s": {"9" * 300}}}\n')
+    with run.folder.log.open("a") as log:
+        log.write("x\n" * 400_000)
+    told = {"process": 1, "host": "h" * 300, "since_s": 1e300, "working_folder": "/" + "w" * 3000}
+    run.folder.lock.write_text(json.dumps(told))
+    (run.path / "dumps").write_text("")
+    started = time.perf_counter()
+    found = of(run.path)
+    assert time.perf_counter() - started < 5  # bombs would take hours
+    json.loads(as_json(found))
+    assert as_text(found) and found.command == ""
+    (run.path / "ledger.jsonl").write_bytes(b"\n" * 10**6)
+    assert any("is no ledger" in finding.sentence for finding in of(run.path).findings)
+
+
+@pytest.mark.parametrize("place", ["/" + "x" * 5000, "..", "a\0b", "/"])
+def test_a_log_of_any_name_is_looked_for(tmp_path: Path, place: str) -> None:
+    run = MadeRun(tmp_path)
+    with run.driver(WorkerError(f"the teacher died (node 10.0.0.1, log {place})")):
+        run.train(0, 1)
+    cause = of(run.path).first_cause
+    assert cause is not None and (cause.suspect, cause.log_says) == ("the teacher", "")
+
+
+def test_a_run_on_a_cluster_is_told_to_go_on_there(tmp_path: Path) -> None:
+    run = MadeRun(tmp_path, placement={"ray_address": "auto"})
+    with run.driver():
+        run.train(0, 3)
+    (advice,) = of(run.path).mend_first
+    assert "submit in place of train" in advice

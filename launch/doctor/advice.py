@@ -67,12 +67,15 @@ def mend_first(evidence: Evidence, end: EarlyEnd | None) -> Iterator[str]:
             f"no checkpoint can be used, and a run does not start anew by itself: put an undamaged copy into "
             f"{evidence.folder.checkpoints} as step-N, or move what is damaged elsewhere to start at step 0"
         )
-    if end is None:
-        return
-    hint = next((hint for pattern, hint in _HINTS if re.search(pattern, end.sentence, re.DOTALL)), "")
+    if evidence.setting("placement.ray_address", str) not in (None, "local"):
+        yield (
+            "it ran on a Ray cluster (placement.ray_address): enter the command on one of its nodes, or with submit in "
+            "place of train"
+        )
+    hint = next((hint for pattern, hint in _HINTS if end and re.search(pattern, end.sentence, re.DOTALL)), "")
     if hint:
         yield hint
-    elif end.error and end.error not in _own_errors(TraceError) and end.error != "KeyboardInterrupt":
+    elif end and end.error and end.error not in _own_errors(TraceError) and end.error != "KeyboardInterrupt":
         yield f"{end.error} is not an error that trace-rl raises on purpose: see the end of run.log, and report it"
 
 
@@ -80,26 +83,38 @@ def command(evidence: Evidence, working_folder: Path) -> str:
     """What goes on with the run; empty where its configuration is not there."""
     if not evidence.settings:
         return ""
-    folder, begin = evidence.folder, ""
-    config, place = folder.config, working_folder
-    was_in = evidence.holder.working_folder if evidence.holder else ""
-    if was_in.isprintable() and Path(was_in) != working_folder and was_in and Path(was_in).is_dir():
+    folder, was_in = evidence.folder, _started_in(evidence)
+    place, config, begin = working_folder, folder.config, ""
+    if was_in not in (None, working_folder):
         # relative paths and plugins of the configuration belong to the folder that it was started in
-        place, config = Path(was_in), config.resolve()
-        begin = f"cd {shlex.quote(was_in)} && "
+        place, config, begin = was_in, config.resolve(), f"cd {shlex.quote(str(was_in))} && "
     words = ["trace-rl", "train", str(config), "run.resume=auto"]
     if _configured_folder(evidence, place) != folder.path.resolve():
         words.append(f"run.folder={_as_value(str(folder.path.resolve()))}")
     return begin + shlex.join(words)
 
 
-def _configured_folder(evidence: Evidence, working_folder: Path) -> Path | None:
-    template = evidence.setting("run.folder", str)
+def _started_in(evidence: Evidence) -> Path | None:
+    """Where the last driver was started; None where that is not known, or there is no such folder here."""
+    told = evidence.holder.working_folder if evidence.holder else ""
     try:
-        named = template.format(name=evidence.setting("run.name", str))
-    except (AttributeError, ValueError, LookupError):
+        return Path(told) if told and told.isprintable() and Path(told).is_dir() else None
+    except OSError:
         return None
-    return (working_folder / Path(named).expanduser()).resolve()
+
+
+def _configured_folder(evidence: Evidence, working_folder: Path) -> Path | None:
+    """Where the configuration alone leads; None where that cannot be told."""
+    template, name = evidence.setting("run.folder", str), evidence.setting("run.name", str)
+    if template is None or name is None:
+        return None
+    named = template.replace("{name}", name)
+    if "{" in named or "}" in named:
+        return None
+    try:
+        return (working_folder / Path(named).expanduser()).resolve()
+    except (OSError, ValueError, RuntimeError):
+        return None
 
 
 def _as_value(text: str) -> str:

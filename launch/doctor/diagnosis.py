@@ -10,9 +10,10 @@ what the ledger and the checkpoints say, and nothing is guessed where they are s
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -30,6 +31,9 @@ State = Literal["not_started", "running", "finished", "preempted", "interrupted"
 
 _NEWEST_STEPS = 20
 _MOST_TOLD = 5
+_STARTED = "clock/step_started_s"
+_LONGEST_S = 1e9
+_MOST_STEPS = 2**53
 _SUSPECT = re.compile(
     r"learner rank \d+(?:, \d+)*|generator engine \d+|engine \d+ of the annotator|"
     r"the (?:learner|teacher|rewarder|annotator)\b"
@@ -224,24 +228,26 @@ def _told(evidence: Evidence, state: State, end: EarlyEnd | None, has_begun: boo
 
 def _cause(evidence: Evidence, end: EarlyEnd) -> Cause:
     suspect, place = _SUSPECT.search(end.sentence), _PLACE.search(end.sentence)
-    log, says = place["log"] if place else "", ""
-    if place:
-        files = [evidence.folder.worker_logs / Path(place["log"]).name]
-        files += [files[0].with_suffix(".out")]
-        here = [file for file in files if file.is_file()]
-        log = str(files[0]) if files[0] in here else log
-        try:
-            says = last_words(here)
-        except OSError:
-            says = ""
+    log = place["log"] if place else ""
+    log, says = _log_of(evidence, log) if log else ("", "")
     return Cause(
-        sentence=end.sentence or end.error,
+        sentence=end.sentence or end.error or "run.log is cut off before it says which",
         error=end.error,
         suspect=suspect[0] if suspect else "",
         node=place["node"] if place else "",
         log=log,
         log_says="" if says in end.sentence else says,
     )
+
+
+def _log_of(evidence: Evidence, named: str) -> tuple[str, str]:
+    """(where a worker's log is, what it says), in the run folder where it was kept."""
+    kept = evidence.folder.worker_logs / Path(named).name
+    try:
+        here = [file for file in (kept, kept.with_suffix(".out")) if file.is_file()]
+        return str(kept) if kept in here else named, last_words(here)
+    except (OSError, ValueError):
+        return named, ""
 
 
 def _restarts(entries: Sequence[Entry]) -> list[Restart]:
@@ -258,14 +264,9 @@ def _progress(evidence: Evidence, account: Account, now_s: float) -> Progress:
     wanted = evidence.setting("run.steps", int)
     steps = [record for record in evidence.records if "time/step_s" in record]
     done = account.steps if evidence.ledger.records else max((int(record["step"]) + 1 for record in steps), default=0)
+    done = min(max(0, done), _MOST_STEPS)
     resumes_at = next((each.step for each in evidence.checkpoints if each.is_usable), None)
-    newest = steps[-_NEWEST_STEPS:]
-    gaps = [
-        later["clock/step_started_s"] - earlier["clock/step_started_s"]
-        for earlier, later in itertools.pairwise(newest)
-        if later["step"] == earlier["step"] + 1 and {"clock/step_started_s"} <= earlier.keys() & later.keys()
-    ]
-    step_s = statistics.median(gaps) if gaps else newest[-1]["time/step_s"] if newest else None
+    step_s = _step_s(steps[-_NEWEST_STEPS:])
     at = done if evidence.lock == "held" or _has_ended(evidence, wanted, done) else resumes_at or 0
     left = None if wanted is None else max(0, wanted - at)
     return Progress(
@@ -277,6 +278,18 @@ def _progress(evidence: Evidence, account: Account, now_s: float) -> Progress:
         step_s=step_s,
         remaining_s=None if step_s is None or left is None else step_s * left,
     )
+
+
+def _step_s(steps: Sequence[Mapping[str, float]]) -> float | None:
+    """Seconds from step to step; None where they are not known."""
+    gaps = [
+        later.get(_STARTED, math.nan) - earlier.get(_STARTED, math.nan)
+        for earlier, later in itertools.pairwise(steps)
+        if later["step"] == earlier["step"] + 1
+    ]
+    known = [gap for gap in gaps if 0 <= gap < _LONGEST_S] or [steps[-1]["time/step_s"]] if steps else []
+    found = statistics.median(known) if known else math.nan
+    return found if 0 <= found < _LONGEST_S else None
 
 
 def _silence(evidence: Evidence, progress: Progress, state: State) -> list[Finding]:

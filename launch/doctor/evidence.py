@@ -11,7 +11,6 @@ read is said in `problems` instead of being raised.
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import stat
@@ -33,10 +32,14 @@ from trace_rl.workers.checkpoint_files import MANIFEST, DamagedCheckpointError, 
 _CONFIG_BYTES = 1 << 18
 _METRICS_BYTES = 1 << 22
 _LOG_BYTES = 1 << 20
-_LEDGER_BYTES = 1 << 25
+_LEDGER_BYTES = 1 << 23  # 80 000 lines, which take a second and a half
 _CHECKPOINT_BYTES = 1 << 31
 _MANIFEST_BYTES = 1 << 26
 _MOST_FILES = 1000
+_MOST_LINES = 2000
+_LARGEST = 2**53
+_SHORTEST_RECORD = 40
+"""Bytes of a line of the ledger: what has more lines than that allows is none, and would take long to find damaged."""
 
 Soundness = Literal["verified", "complete", "damaged", "unreadable"]
 """`verified`: every byte was compared with the manifest; `complete`: names and sizes were."""
@@ -92,8 +95,10 @@ class Evidence:
         found: Any = self.settings
         for name in dotted.split("."):
             found = found.get(name) if isinstance(found, dict) else None
-        if kind is float and type(found) is int:
-            found = float(found)
+        if type(found) in (int, float):
+            if not -_LARGEST < found < _LARGEST:
+                return None
+            found = float(found) if kind is float else found
         return found if type(found) is kind else None
 
 
@@ -122,6 +127,9 @@ def gather(path: Path, is_full: bool) -> Evidence:
     is_whole = is_full or _size(ledger_file) <= _LEDGER_BYTES
     if not is_whole:
         content = content[content.find(b"\n") + 1 :]
+    if content.count(b"\n") * _SHORTEST_RECORD > len(content):
+        reader.problems.append(f"{ledger_file.name} is no ledger, and was not read")
+        content = b""
     files = _by_age(path / "dumps")
     return Evidence(
         folder=folder,
@@ -169,9 +177,16 @@ class _Reader:
             return opened.read(most)
 
 
+class _Loader(yaml.SafeLoader):
+    """Without merge keys, which no run writes, and by which a short file can become an endless one."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        return None
+
+
 def _settings(content: bytes, problems: list[str]) -> Mapping[str, Any]:
     try:
-        tree = yaml.safe_load(content.decode("utf-8", "replace"))
+        tree = yaml.load(content.decode("utf-8", "replace"), _Loader)
     except (yaml.YAMLError, ValueError, RecursionError):
         tree = None
     if not isinstance(tree, dict):
@@ -183,12 +198,12 @@ def _settings(content: bytes, problems: list[str]) -> Mapping[str, Any]:
 def _records(content: bytes) -> list[Mapping[str, float]]:
     """Lines that are whole and hold a step and numbers only."""
     records: list[Mapping[str, float]] = []
-    for line in content.split(b"\n")[:-1]:
+    for line in content.split(b"\n")[-_MOST_LINES - 1 : -1]:
         try:
             record = {str(name): float(value) for name, value in json.loads(line).items()}
         except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):  # it is cut off, or no record
             continue
-        if 0 <= record.get("step", -1) < math.inf:
+        if 0 <= record.get("step", -1) < _LARGEST:
             records.append(record)
     return records
 

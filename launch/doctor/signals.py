@@ -58,7 +58,7 @@ def findings(evidence: Evidence, account: Account) -> list[Finding]:
 def _account(evidence: Evidence, account: Account) -> Iterator[Finding]:
     for what, prompts in (("lost", account.lost), ("trained twice", account.trained_twice)):
         if prompts and evidence.is_ledger_whole:
-            named = ", ".join(sorted(prompts.values())[:3])
+            named = ", ".join(sorted(map(str, prompts.values()))[:3])
             told = f"{_were(len(prompts), 'prompt')} {what} (the first: {named})"
             yield Finding("act", f"{told}; report this with ledger.jsonl")
     if damage := evidence.ledger.damage:
@@ -107,7 +107,7 @@ def _reward(evidence: Evidence) -> Iterator[Finding]:
         )
     elif is_flat:
         yield Finding(
-            "act",
+            "act" if len(steps) == _WINDOW else "look",
             f"the reward is 0 in the last {len(steps)} steps; look at rollouts/ whether answers are right but not "
             "found (data.question_suffix can ask for a box), or the questions are too hard for this model",
         )

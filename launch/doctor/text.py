@@ -55,30 +55,36 @@ def duration(seconds: float) -> str:
 
 def _lines(diagnosis: Diagnosis) -> Iterator[str]:
     yield f"{diagnosis.run}: {_HEADLINES[diagnosis.state]}"
-    yield f"  what happened   {diagnosis.what_happened}"
+    for label, told in _facts(diagnosis):
+        yield f"  {label:<16}{told}"
+
+
+def _facts(diagnosis: Diagnosis) -> Iterator[tuple[str, str]]:
+    yield "what happened", diagnosis.what_happened
     if diagnosis.first_cause:
-        yield from _cause_lines(diagnosis.first_cause)
+        yield from _of_cause(diagnosis.first_cause)
     for restart in diagnosis.restarts:
-        yield f"  started again   {restart.time} after step {restart.after_step}: {restart.cause}"
-    yield f"  progress        {_progress_line(diagnosis.progress)}"
-    yield f"  checkpoints     {_checkpoint_line(diagnosis)}"
-    yield f"  prompts         {_prompts_line(diagnosis.prompts)}"
+        yield "started again", f"{restart.time} after step {restart.after_step}: {restart.cause}"
+    yield "progress", _progress_line(diagnosis.progress)
+    yield "checkpoints", _checkpoint_line(diagnosis)
+    yield "prompts", _prompts_line(diagnosis.prompts)
     for warning in diagnosis.warnings:
-        yield f"  warned          {warning}"
+        yield "warned", warning
     for finding in diagnosis.findings:
-        yield f"  {'act on' if finding.urgency == 'act' else 'look at'}{'':<10}"[:18] + finding.sentence
+        yield "act on" if finding.urgency == "act" else "look at", finding.sentence
     for sentence in diagnosis.mend_first:
-        yield f"  mend first      {sentence}"
-    yield f"  to go on        {diagnosis.command}" if diagnosis.command else f"  to go on        {_nothing(diagnosis)}"
+        yield "mend first", sentence
+    is_over = diagnosis.state in ("running", "finished")
+    yield "to go on", diagnosis.command or ("nothing to do" if is_over else "see what to mend first")
 
 
-def _cause_lines(cause: Cause) -> Iterator[str]:
-    yield f"  first cause     {cause.error and f'{cause.error}: '}{cause.sentence}"
+def _of_cause(cause: Cause) -> Iterator[tuple[str, str]]:
+    yield "first cause", f"{cause.error and f'{cause.error}: '}{cause.sentence}"
     if cause.suspect:
         place = f"{cause.node and f' on node {cause.node}'}{cause.log and f', log {cause.log}'}"
-        yield f"  suspect         {cause.suspect}{place}"
+        yield "suspect", f"{cause.suspect}{place}"
     if cause.log_says:
-        yield f"  its log says    {cause.log_says}"
+        yield "its log says", cause.log_says
 
 
 def _progress_line(progress: Progress) -> str:
@@ -109,7 +115,3 @@ def _prompts_line(prompts: Prompts) -> str:
         f"{prompts.issued} issued = {prompts.trained} trained + {prompts.dropped} dropped + {prompts.open} open; "
         f"{prompts.lost} lost, {prompts.trained_twice} trained twice, {prompts.resumptions} resumptions"
     )
-
-
-def _nothing(diagnosis: Diagnosis) -> str:
-    return "nothing to do" if diagnosis.state in ("running", "finished") else "see what to mend first"
