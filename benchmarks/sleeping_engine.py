@@ -25,10 +25,9 @@ from zlib import crc32
 
 import numpy as np
 
-from trace_rl.batch import Rollout, RolloutKey, RolloutRequest
+from trace_rl.batch import Cancelled, Rollout, RolloutKey, RolloutRequest
 from trace_rl.errors import WeightSyncError
 from trace_rl.protocols import Decoding
-from trace_rl.workers.generator_engine import Cancelled
 
 _UNPROVEN = -1
 

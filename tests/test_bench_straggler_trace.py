@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trace_rl.batch import Prompt, Rollout, RolloutKey, RolloutRequest
+from trace_rl.batch import Cancelled, Prompt, Rollout, RolloutKey, RolloutRequest
 from trace_rl.errors import WeightSyncError
 from trace_rl.protocols import Decoding
 
@@ -89,7 +89,7 @@ def test_what_is_cancelled_is_gone_at_once_and_its_place_is_free() -> None:
     chunks = slow.generate(requests(2), DECODING, 100)
     threading.Timer(0.05, slow.cancel, [[RolloutKey("p0", 0)]]).start()
     (first_at, first), (second_at, second) = timed(chunks)
-    assert first == RolloutKey("p0", 0)
+    assert first == Cancelled(RolloutKey("p0", 0))
     assert first_at < 0.3  # not the 0.4 s of a whole completion
     assert isinstance(second, Rollout)
     assert second.prompt.prompt_id == "p1"

@@ -96,6 +96,13 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class Cancelled:
+    """In place of a rollout that was given up."""
+
+    key: RolloutKey
+
+
+@dataclass(frozen=True)
 class GradedRollout:
     """A rollout with its reward in [0, 1] and how that reward came about."""
 

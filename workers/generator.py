@@ -21,11 +21,10 @@ from typing import Any, Protocol
 import ray
 from ray.exceptions import RayError
 
-from trace_rl.batch import Rollout, RolloutKey, RolloutRequest
+from trace_rl.batch import Cancelled, Rollout, RolloutKey, RolloutRequest
 from trace_rl.errors import DeadlineError, TraceError, WeightSyncError, WorkerError
 from trace_rl.protocols import Decoding
 from trace_rl.reply_checks import rollout_fault
-from trace_rl.workers.generator_engine import Cancelled
 from trace_rl.workers.idle import IdleMeter
 from trace_rl.workers.waiting import DEATHS, first_cause, wait_for, worker_error
 from trace_rl.workers.worker_logs import whereabouts_of_actor

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from trace_rl.batch import Rollout, RolloutKey, RolloutRequest
+from trace_rl.batch import Cancelled, Rollout, RolloutKey, RolloutRequest
 from trace_rl.config.learner import Lora
 from trace_rl.config.roles import GeneratorSettings, Model
 from trace_rl.config.scheduling import Scheduling
@@ -59,13 +59,6 @@ _PROOF, _CHAT, _EVALUATION, _ROLLOUT = range(4)
 _ADAPTER_ID = 1
 _NO_ADAPTERS = Lora()
 _SYNCHRONOUS = Scheduling()
-
-
-@dataclass(frozen=True)
-class Cancelled:
-    """In place of a rollout that was given up."""
-
-    key: RolloutKey
 
 
 @dataclass(frozen=True)
