@@ -110,7 +110,7 @@ def _checkpoint_line(diagnosis: Diagnosis) -> str:
 
 def _prompts_line(prompts: Prompts) -> str:
     if prompts.ledger != "whole":
-        return "no ledger.jsonl" if prompts.ledger == "missing" else "ledger.jsonl is long; --full adds it up"
+        return "none in ledger.jsonl" if prompts.ledger == "missing" else "ledger.jsonl is long; --full adds it up"
     return (
         f"{prompts.issued} issued = {prompts.trained} trained + {prompts.dropped} dropped + {prompts.open} open; "
         f"{prompts.lost} lost, {prompts.trained_twice} trained twice, {prompts.resumptions} resumptions"
