@@ -94,6 +94,19 @@ def test_a_run_that_holds_its_lock_is_running(tmp_path: Path) -> None:
         assert [each.soundness for each in found.checkpoints] == ["complete"]  # its disk is left alone
 
 
+def test_the_time_between_two_drivers_is_no_step(tmp_path: Path) -> None:
+    run = MadeRun(tmp_path)
+    with run.driver():
+        run.train(0, 2)
+    told = json.loads(run.folder.lock.read_text())
+    with run.driver():
+        run.folder.lock.write_text(json.dumps({**told, "since_s": 115.0}))  # steps began at 100, 110, 120, 130
+        lines = run.folder.metrics.read_text().replace('"clock/step_started_s": 1', '"clock/step_started_s": -9')
+        run.folder.metrics.write_text(lines)
+        run.train(2, 4)
+        assert of(run.path).progress.step_s == 10.0
+
+
 def test_a_run_that_has_been_silent_for_longer_than_a_stage_may_take_needs_someone(tmp_path: Path) -> None:
     run = MadeRun(tmp_path, placement={"step_timeout_s": 60})
     with run.driver():

@@ -80,7 +80,7 @@ class Progress:
     last_sign_s: float
     """Since the driver last wrote to the folder."""
     step_s: float | None
-    """From the beginning of a step to that of the next, the median of the last ones."""
+    """From the beginning of a step to that of the next, the median of the last driver's last ones."""
     remaining_s: float | None
 
 
@@ -266,7 +266,9 @@ def _progress(evidence: Evidence, account: Account, now_s: float) -> Progress:
     done = account.steps if evidence.ledger.records else max((int(record["step"]) + 1 for record in steps), default=0)
     done = min(max(0, done), _MOST_STEPS)
     resumes_at = next((each.step for each in evidence.checkpoints if each.is_usable), None)
-    step_s = _step_s(steps[-_NEWEST_STEPS:])
+    since_s = evidence.holder.since_s if evidence.holder else 0.0
+    of_last_driver = [record for record in steps if record.get(_STARTED, 0.0) >= since_s] or steps
+    step_s = _step_s(of_last_driver[-_NEWEST_STEPS:])
     at = done if evidence.lock == "held" or _has_ended(evidence, wanted, done) else resumes_at or 0
     left = None if wanted is None else max(0, wanted - at)
     return Progress(
