@@ -19,7 +19,7 @@ from trace_rl.launch.annotators import AnnotatorSetting, start_annotator
 from trace_rl.launch.placement import ENGINE_OF_TEACHER, REWARDER, TEACHER, engine_role, plan_placement, rank_role
 from trace_rl.launch.preflight import Ready
 from trace_rl.launch.seats import Place, Seats, actor_of, take_seats
-from trace_rl.workers import heartbeat
+from trace_rl.workers import heartbeat, life
 from trace_rl.workers.generator_engine import ENGINE_THREADS, GeneratorEngine
 from trace_rl.workers.learner import DeepSpeedLearner, learner_spec, rank_actors
 from trace_rl.workers.revival import wait_until_ready
@@ -57,7 +57,7 @@ def start_actors(ready: Ready, folder: Path) -> Actors:
     board, name = heartbeat.open_board()
     seats = replace(
         take_seats(plan_placement(config), config.placement),
-        signs=lambda role: heartbeat.variables(name, role, config.health.heartbeat_every_s),
+        signs=lambda role: life.variables(name, role, config.health.heartbeat_every_s),
     )
     places = [seats.place(rank_role(rank), {}) for rank in range(config.learner.world_size)]
     ranks = rank_actors(learner_spec(config, seats.is_one_machine), [place.options() for place in places])

@@ -21,7 +21,8 @@ from trace_rl.workers.chat import ChatFault, ChatRequest
 from trace_rl.workers.generator import VllmGenerator, split_by_prompt
 from trace_rl.workers.generator_engine import GeneratorEngine
 from trace_rl.workers.generator_sampling import token_versions
-from trace_rl.workers.revival import Lives, new_life
+from trace_rl.workers.life import new_life
+from trace_rl.workers.revival import Lives
 from trace_rl.workers.waiting import wait_for
 
 DECODING = Decoding(temperature=0.7)

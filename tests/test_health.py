@@ -12,10 +12,11 @@ import ray
 
 from trace_rl.config.health import Health
 from trace_rl.errors import WorkerError
-from trace_rl.workers import heartbeat
+from trace_rl.workers import life
 from trace_rl.workers.health import TRANSITIONS, Event, State, follow, heard
 from trace_rl.workers.heartbeat import HeartbeatWatch, open_board
-from trace_rl.workers.revival import life_of, new_life
+from trace_rl.workers.life import new_life
+from trace_rl.workers.revival import life_of
 from trace_rl.workers.waiting import wait_for
 
 STATES, EVENTS = get_args(State), get_args(Event)
@@ -75,7 +76,7 @@ def test_bounds_out_of_order_are_refused() -> None:
 class Role:
     def __init__(self) -> None:
         self._life = new_life()
-        heartbeat.begin(self._life)
+        life.begin(self._life)
 
     def life(self) -> str:
         return self._life
@@ -88,7 +89,7 @@ class Role:
 def role(local_ray: None) -> Iterator[tuple[Any, Any]]:
     """(board, an actor that gives signs of life on it four times a second)."""
     board, name = open_board()
-    variables = heartbeat.variables(name, "the role", 0.25)
+    variables = life.variables(name, "the role", 0.25)
     options = {"num_cpus": 0, "max_restarts": 1, "runtime_env": {"env_vars": variables}}
     actor = ray.remote(Role).options(**options).remote()
     yield board, actor

@@ -11,7 +11,8 @@ import pytest
 import ray
 
 from trace_rl.errors import DeadlineError, WorkerError
-from trace_rl.workers.revival import Lives, life_of, new_life, wait_until_ready
+from trace_rl.workers.life import new_life
+from trace_rl.workers.revival import Lives, life_of, wait_until_ready
 
 pytestmark = pytest.mark.engine
 

@@ -20,7 +20,7 @@ from trace_rl.errors import MovedOnError, WeightSyncError
 from trace_rl.protocols import Decoding
 from trace_rl.workers.generator import VllmGenerator
 from trace_rl.workers.generator_engine import GeneratorEngine, WeightReceipt
-from trace_rl.workers.revival import new_life
+from trace_rl.workers.life import new_life
 from trace_rl.workers.weight_digest import WeightDigest
 from trace_rl.workers.weight_file import keep_only, write_version
 from trace_rl.workers.weight_sender import WeightSender

@@ -29,7 +29,7 @@ from trace_rl.config.roles import GeneratorSettings, Model
 from trace_rl.config.scheduling import Scheduling
 from trace_rl.errors import TraceError, WeightSyncError, WorkerError
 from trace_rl.protocols import Decoding
-from trace_rl.workers import heartbeat
+from trace_rl.workers import life
 from trace_rl.workers.adapters import Adapter
 from trace_rl.workers.chat import ChatAnswer, ChatFault, ChatRequest
 from trace_rl.workers.generator_chat import ChatFormat, chat_params
@@ -42,7 +42,7 @@ from trace_rl.workers.generator_sampling import (
     token_versions,
 )
 from trace_rl.workers.generator_thread import Engine, EngineRequest, EngineThread
-from trace_rl.workers.revival import new_life
+from trace_rl.workers.life import new_life
 from trace_rl.workers.weight_wire import TransferBackend, TransferGroup, WeightManifest, transport_gist
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class GeneratorEngine:
 
         self._thread = EngineThread(self._name, build)
         self._chats = ChatFormat(self._name, self._tokenizer, model.chat_template_kwargs, max_model_len)
-        heartbeat.begin(self._life)
+        life.begin(self._life)
 
     def ready(self) -> str:
         """The engine's name, once it can be used."""

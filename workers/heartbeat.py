@@ -9,7 +9,6 @@ waits for it finds it dead and acts as for any death. Which state a role is in i
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 import uuid
@@ -27,7 +26,6 @@ from trace_rl.workers.worker_logs import is_running
 
 logger = logging.getLogger(__name__)
 
-_VARIABLE = "TRACE_RL_HEARTBEAT"
 _READ_S = 30.0
 
 
@@ -55,30 +53,6 @@ def open_board() -> tuple[Any, str]:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options = {"name": name, "num_cpus": 0, "max_restarts": -1, "scheduling_strategy": here}
     return ray.remote(Board).options(**options).remote(), name
-
-
-def variables(board: str, role: str, every_s: float) -> dict[str, str]:
-    """Environment by which the process of a role knows whom to tell what."""
-    return {_VARIABLE: f"{board}|{role}|{every_s:g}"}
-
-
-def begin(life: str) -> None:
-    """Give signs of life from now on, where the environment says so; called by an actor once it has been made."""
-    told = os.environ.get(_VARIABLE)
-    if told:
-        board, role, every_s = told.split("|")
-        threading.Thread(target=_beat, args=(board, role, float(every_s), life), daemon=True, name="heartbeat").start()
-
-
-def _beat(name: str, role: str, every_s: float, life: str) -> None:
-    board: Any = None
-    while True:
-        try:
-            board = board or ray.get_actor(name)
-            board.beat.remote(role, life)
-        except (RayError, ValueError):  # it is being started again
-            board = None
-        time.sleep(every_s)
 
 
 class HeartbeatWatch:

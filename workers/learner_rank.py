@@ -28,12 +28,12 @@ from trace_rl.config.roles import Model
 from trace_rl.errors import CheckpointError, MovedOnError, TrainingError
 from trace_rl.objective import Objective
 from trace_rl.protocols import StoredFile
-from trace_rl.workers import heartbeat
+from trace_rl.workers import life
 from trace_rl.workers.adapters import Adapter, adapter_config, add_adapters
 from trace_rl.workers.batch_runner import BatchRunner, StepReport
 from trace_rl.workers.checkpoint_files import seal
+from trace_rl.workers.life import new_life
 from trace_rl.workers.ranks import Ranks
-from trace_rl.workers.revival import new_life
 from trace_rl.workers.weight_file import keep_only, write_version
 from trace_rl.workers.weight_sender import WeightSender
 from trace_rl.workers.weight_wire import TransferBackend, TransferGroup, WeightManifest, free_address, open_store
@@ -74,7 +74,7 @@ class LearnerRank:
         self._failure = ""
         self._sent_version: int | None = None
         self._has_moved_on = False
-        heartbeat.begin(new_life())
+        life.begin(new_life())
 
     def open_store(self) -> tuple[str, int]:
         """Rank 0: open the rendezvous of the learner's process group on a port that the system picks."""

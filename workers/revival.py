@@ -8,7 +8,6 @@ told from an actor that never was away. Must not know what a role does, or what 
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -24,11 +23,6 @@ _ARRIVAL_S = 60.0
 """For what is there and only has to be copied."""
 _PAUSE_S = 0.5
 """Between two looks at an actor that Ray is starting."""
-
-
-def new_life() -> str:
-    """An id for `life`, to be made as an actor starts."""
-    return uuid.uuid4().hex
 
 
 class RestartedError(WorkerError):

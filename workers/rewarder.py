@@ -20,10 +20,10 @@ from trace_rl.config.roles import Rewarder
 from trace_rl.errors import RewardError, WorkerError
 from trace_rl.reply_checks import reward_fault
 from trace_rl.rewards import feedback
-from trace_rl.workers import heartbeat
+from trace_rl.workers import life
 from trace_rl.workers.grading import START_TIMEOUT_S, GradingPool, Verdict
 from trace_rl.workers.idle import IdleMeter
-from trace_rl.workers.revival import new_life
+from trace_rl.workers.life import new_life
 from trace_rl.workers.streaming import Call, Gate, Unserved, stream
 from trace_rl.workers.worker_logs import whereabouts_of_actor
 
@@ -40,7 +40,7 @@ class MathRewarder:
 
     def __init__(self, settings: Rewarder) -> None:
         self._pool = GradingPool(settings.num_processes, settings.timeout_s)
-        heartbeat.begin(new_life())
+        life.begin(new_life())
 
     def ready(self) -> bool:
         """True once a right and a wrong answer were graded as such.

@@ -32,12 +32,12 @@ from trace_rl.errors import AnnotationError
 from trace_rl.protocols import ErrorRule
 from trace_rl.rule_annotators import recording_line, rule_reply
 from trace_rl.segments import TokenText, decode, read_tokens, segment
-from trace_rl.workers import heartbeat
+from trace_rl.workers import life
 from trace_rl.workers.annotation_cache import AnswerCache
 from trace_rl.workers.chat import ChatModel
+from trace_rl.workers.life import new_life
 from trace_rl.workers.model_annotator import ModelAnnotator, Telling
 from trace_rl.workers.polite_chat import PoliteChat
-from trace_rl.workers.revival import new_life
 from trace_rl.workers.token_reader import TokenReader
 
 NO_KEY = SecretStr("")
@@ -122,7 +122,7 @@ class SpanAnnotator:
         parts = Parts(rule, surroundings.seed, settings.coverage_cap, self._ask)
         self._backend: AnnotatorBackend = settings.backend.build(parts)
         self._is_compared = settings.audit.compare_with_rule and not isinstance(settings.backend, Oracle)
-        heartbeat.begin(new_life())
+        life.begin(new_life())
 
     async def ready(self) -> bool:
         return True

@@ -41,11 +41,12 @@ from trace_rl.protocols import StoredFile
 from trace_rl.reply_checks import rows_fault
 from trace_rl.states import states_array
 from trace_rl.token_layout import Packed, Padded, predicting_positions
-from trace_rl.workers import heartbeat
+from trace_rl.workers import life
 from trace_rl.workers.checkpoint_files import seal
 from trace_rl.workers.idle import IdleMeter
+from trace_rl.workers.life import new_life
 from trace_rl.workers.policy_model import final_hidden, head_weight, is_flash, load_policy, transformer_shape
-from trace_rl.workers.revival import RestartedError, life_of, new_life
+from trace_rl.workers.revival import RestartedError, life_of
 from trace_rl.workers.waiting import wait_for
 
 Result = TypeVar("Result")
@@ -101,7 +102,7 @@ class TeacherModel:
         moving = self._models[-1].named_parameters()  # tied weights once
         self._average = {n: v.float().cpu().clone() for n, v in moving} if settings.weights.is_average else {}
         self._life = new_life()
-        heartbeat.begin(self._life)
+        life.begin(self._life)
 
     def ready(self) -> bool:
         return True
