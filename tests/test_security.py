@@ -62,7 +62,8 @@ ALLOWED = {
     ("trace/overlays.py", "importlib.import_module"): "modules that the configuration names under plugins: its author",
     ("launch/job/own_code.py", "importlib.import_module"): "the floors of this package, by a list in the source",
     ("benchmarks/peers.py", "importlib.import_module"): "libraries that are compared, by names in the source",
-    ("workers/checkpoint.py", "torch.load"): "RNG states of a run's own checkpoint",
+    ("trace/overlays.py", "yaml.load"): "its loader is a SafeLoader that refuses more",
+    ("launch/doctor/evidence.py", "yaml.load"): "its loader is a SafeLoader",
     ("workers/grading.py", "subprocess.Popen"): "a child of this interpreter that grades, without a shell",
     ("launch/sweep/local.py", "subprocess.Popen"): "a cell of a sweep, without a shell; its argument is a file of ours",
     ("launch/plan/cluster.py", "subprocess.run"): "nvidia-smi with constant arguments",
@@ -70,6 +71,7 @@ ALLOWED = {
     ("benchmarks/annotation_overlap.py", "subprocess.Popen"): "this interpreter and a script of benchmarks/",
     ("benchmarks/annotation_overlap.py", "subprocess.run"): "this interpreter and trace-rl",
     ("benchmarks/pipeline_step.py", "subprocess.run"): "this interpreter and trace-rl",
+    ("benchmarks/kill_anywhere.py", "subprocess.Popen"): "this interpreter and trace-rl",
 }
 """(file, call) -> why it is right there."""
 
