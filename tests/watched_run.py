@@ -121,7 +121,7 @@ class WatchedRun:
         folder.mkdir()
         deadline = time.monotonic() + timeout_s
         while self._process.poll() is None and time.monotonic() < deadline:
-            for path in self.temporary.glob("*/session_*/logs/**/*"):
+            for path in self.temporary.glob("**/session_*/logs/**/*"):
                 kept = folder / path.name
                 if path.is_file() and not path.is_symlink() and not kept.exists():
                     with contextlib.suppress(FileNotFoundError):  # removed meanwhile
