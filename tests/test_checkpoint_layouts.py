@@ -106,3 +106,16 @@ def test_what_waits_in_cpu_memory_may_change(
         assert_same(saved(group, tmp_path / offload), held)
         group.train([batch(2)])
         assert gap(group.weights(), after) <= TOLERANCES["float32"]
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_a_state_that_was_away_is_written_as_it_is(
+    hosts: dict[int, Group], originals: Any, model_path: str, tmp_path: Path, zero_stage: int
+) -> None:
+    folder, held, _ = originals["float32"]
+    group = hosts[2].build(spec(model_path, "float32", 2, zero_stage))
+    group.all("call", "load", str(folder))
+    for what in ("states", "weights"):
+        group.all("call", "put_away", what)
+    group.all("call", "take_back")
+    assert_same(saved(group, tmp_path), held)
