@@ -61,7 +61,8 @@ def start_actors(ready: Ready, folder: Path) -> Actors:
     )
     places = [seats.place(rank_role(rank), {}) for rank in range(config.learner.world_size)]
     ranks = rank_actors(learner_spec(config, seats.is_one_machine), [place.options() for place in places])
-    started: dict[str, Any] = {rank_role(rank): actor for rank, actor in enumerate(ranks)}
+    ranks_by_role = {rank_role(rank): actor for rank, actor in enumerate(ranks)}
+    started: dict[str, Any] = dict(ranks_by_role)
     engines = _start_engines(ready, seats, started)
     turns = None
     if config.placement.mode == "colocated":
@@ -72,8 +73,7 @@ def start_actors(ready: Ready, folder: Path) -> Actors:
     others = _start_others(ready, folder, seats, started)
     learner = DeepSpeedLearner(config, folder, ranks)
     _wait_until_ready({**engines, **others}, config.placement.start_timeout_s)
-    by_role = {rank_role(rank): actor for rank, actor in enumerate(ranks)}
-    return Actors({**engines, **others}, list(engines.values()), learner, turns, board, by_role)
+    return Actors({**engines, **others}, list(engines.values()), learner, turns, board, ranks_by_role)
 
 
 def _start_engines(ready: Ready, seats: Seats, hosts: Mapping[str, Any]) -> dict[str, Any]:

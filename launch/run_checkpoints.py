@@ -22,7 +22,7 @@ from pathlib import Path
 
 from trace_rl.config.roles import Run
 from trace_rl.errors import CheckpointError
-from trace_rl.launch.run_folder import RunFolder
+from trace_rl.launch.run_folder import DAMAGED, RunFolder
 from trace_rl.protocols import Drawn, Learner, StoredFile, Teacher
 from trace_rl.workers.checkpoint_files import (
     DamagedCheckpointError,
@@ -38,7 +38,6 @@ from trace_rl.workers.checkpoint_files import (
 logger = logging.getLogger(__name__)
 
 _STATE_FILE = "trainer.json"
-_DAMAGED = "damaged-"
 _MARGIN = 1.05
 """Free space that is asked for, in sizes of the checkpoint before."""
 _GIB = 2**30
@@ -77,7 +76,7 @@ class RunCheckpoints:
 
     def exist(self) -> bool:
         """Whether the run has written any checkpoint, be it damaged."""
-        return bool(self.folder.all_checkpoints() or self._set_aside())
+        return bool(self.folder.all_checkpoints() or self.folder.set_aside())
 
     def save(self, step: int, position: Mapping[str, int], pending: Sequence[Drawn]) -> None:
         """Write a checkpoint, and then remove those that are not to be kept.
@@ -121,7 +120,7 @@ class RunCheckpoints:
             num_files, size = len(manifest.files), manifest.num_bytes / _GIB
             logger.info("%s is as it was written: %d files, %.3g GiB", folder, num_files, size)
             return self._load(folder)
-        names = ", ".join(path.name for path in self._set_aside())
+        names = ", ".join(path.name for path in self.folder.set_aside())
         raise CheckpointError(
             f"every checkpoint of this run is damaged ({names} in {self.folder.checkpoints}); put an undamaged copy "
             "there as step-N, or remove these folders to start anew, or set run.resume=never to do so in another folder"
@@ -197,14 +196,11 @@ class RunCheckpoints:
         return {step: read_manifest(folder).score for step, folder in self.folder.complete_checkpoints()}
 
     def _move_aside(self, folder: Path) -> Path:
-        aside, number = folder.with_name(f"{_DAMAGED}{folder.name}"), 1
+        aside, number = folder.with_name(f"{DAMAGED}{folder.name}"), 1
         while aside.exists():
             number += 1
-            aside = folder.with_name(f"{_DAMAGED}{folder.name}-{number}")
+            aside = folder.with_name(f"{DAMAGED}{folder.name}-{number}")
         return folder.rename(aside)
-
-    def _set_aside(self) -> list[Path]:
-        return sorted(self.folder.checkpoints.glob(f"{_DAMAGED}*"))
 
     def _free(self) -> int:
         return shutil.disk_usage(self.folder.checkpoints).free

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from trace_rl.protocols import is_evaluation
 from trace_rl.workers.checkpoint_files import has_manifest
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _STEP = "step-"
+DAMAGED = "damaged-"
+"""Before the name of a checkpoint that was moved aside."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,10 @@ class RunFolder:
         """Every checkpoint, oldest first, in whatever state."""
         named = self.checkpoints.glob(f"{_STEP}*")
         return sorted((path for path in named if path.name.removeprefix(_STEP).isdecimal()), key=step_of)
+
+    def set_aside(self) -> list[Path]:
+        """Checkpoints that were found damaged, by name."""
+        return sorted(self.checkpoints.glob(f"{DAMAGED}*"))
 
     def complete_checkpoints(self) -> list[tuple[int, Path]]:
         """(step, folder) of every checkpoint with a manifest that can be read, oldest first."""
@@ -152,8 +159,3 @@ def _belongs_before(line: str, step: int) -> bool:
         return False
     # the evaluation after step k is done before the checkpoint of step k; the one at 0 is done again by a fresh start
     return record["step"] < step or (is_evaluation(record) and record["step"] == step > 0)
-
-
-def is_evaluation(record: Mapping[str, float]) -> bool:
-    """Whether a record of metrics.jsonl is that of an evaluation, and not of a training step."""
-    return any(name.startswith("heldout/") for name in record)

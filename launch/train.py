@@ -112,10 +112,7 @@ def _persist(run: _Run) -> None:
     def newest_checkpoint() -> int:
         return max((step for step, _ in folder.complete_checkpoints()), default=0)
 
-    def tell(sentence: str) -> None:
-        logger.warning("%s", sentence)
-
-    persist(attempt, settings.max_restarts, newest_checkpoint, tell)
+    persist(attempt, settings.max_restarts, newest_checkpoint, logger.warning)
 
 
 def _train(run: _Run, attempt: Attempt, preemption: Preemption) -> None:

@@ -20,7 +20,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from trace_rl.config.watch import CollapseWatch
-from trace_rl.step_metrics import is_evaluation
+from trace_rl.protocols import is_evaluation
 
 ENTROPY = "policy/entropy_nats"
 LENGTH = "response/length_mean_tokens"

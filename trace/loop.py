@@ -40,10 +40,11 @@ from trace_rl.protocols import (
     Teacher,
     Utilisation,
     WeightSync,
+    is_evaluation,
 )
 from trace_rl.rollout_supply import RolloutSupply
 from trace_rl.routing import keep_top_tokens, route_rollouts, teacher_views
-from trace_rl.step_metrics import is_evaluation, rollout_metrics, route_metrics, staleness_metrics, teacher_metrics
+from trace_rl.step_metrics import rollout_metrics, route_metrics, staleness_metrics, teacher_metrics
 from trace_rl.text_metrics import text_metrics
 from trace_rl.training_batch import Evidence, scored_tokens, training_batch
 

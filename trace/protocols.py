@@ -37,6 +37,11 @@ Mark = Literal["started", "checkpoint", "resumed", "ended"]
 """Of a run itself. `resumed`: it goes on after so many steps, whatever came after them; `ended`: all steps are done."""
 
 
+def is_evaluation(record: Mapping[str, float]) -> bool:
+    """Whether recorded metrics are those of an evaluation, and not of a training step."""
+    return any(name.startswith("heldout/") for name in record)
+
+
 class PromptSource(Protocol):
     """Training prompts in a reproducible order, with a position that can be saved."""
 

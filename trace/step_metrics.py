@@ -6,18 +6,13 @@ Names are `area/quantity_unit`; shares end in `_frac`. Must not know what roles 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from trace_rl.batch import GradedRollout, RoutedRollout, TeacherRequest, TeacherRows, TrainingBatch
 from trace_rl.config.algorithm import Algorithm
 from trace_rl.flops import TransformerShape
-
-
-def is_evaluation(record: Mapping[str, float]) -> bool:
-    """Whether recorded metrics are those of an evaluation, and not of a training step."""
-    return any(name.startswith("heldout/") for name in record)
 
 
 def rollout_metrics(sampled: Sequence[GradedRollout], num_trained: int) -> dict[str, float]:

@@ -67,7 +67,6 @@ class _Work:
     had: frozenset[RolloutKey]
     """What came of an earlier call for the same work."""
     missing: set[RolloutKey] = field(default_factory=set)
-
     prompts: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Prompt id -> token ids."""
 

@@ -141,7 +141,7 @@ def gather(path: Path, is_full: bool) -> Evidence:
         ledger=read_records(content),
         is_ledger_whole=is_whole,
         checkpoints=_checkpoints(folder, is_full, lock == "held"),
-        set_aside=sorted(found.name for found in folder.checkpoints.glob("damaged-*"))[:_MOST_FILES],
+        set_aside=[found.name for found in folder.set_aside()[:_MOST_FILES]],
         dumps=files,
         has_summary=folder.summary.is_file(),
         free_bytes=shutil.disk_usage(path).free,

@@ -18,7 +18,8 @@ from jaxtyping import Float
 from scipy import stats
 
 from trace_rl.errors import DataError
-from trace_rl.launch.run_folder import RunFolder, dotted_settings, is_evaluation
+from trace_rl.launch.run_folder import RunFolder, dotted_settings
+from trace_rl.protocols import is_evaluation
 
 ABSENT = "\N{EN DASH}"
 """Stands in a table for what was not recorded."""
