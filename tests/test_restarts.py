@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from trace_rl.errors import TrainingError, WeightSyncError, WorkerError
+from trace_rl.errors import PreemptedError, TrainingError, WeightSyncError, WorkerError
 from trace_rl.launch.preemption import Preemption
 from trace_rl.launch.restarts import Attempt, persist
 
@@ -72,6 +72,7 @@ def test_without_restarts_the_first_loss_is_the_last() -> None:
 def test_sigterm_is_a_question_and_the_handler_before_it_comes_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with Preemption(grace_s=60) as preemption:
+        preemption.has_begun()
         assert not preemption.is_asked()
         os.kill(os.getpid(), signal.SIGTERM)
         assert preemption.is_asked()
@@ -80,6 +81,25 @@ def test_sigterm_is_a_question_and_the_handler_before_it_comes_back() -> None:
 
 
 def test_a_run_that_does_not_end_within_its_grace_is_interrupted() -> None:
-    with pytest.raises(KeyboardInterrupt), Preemption(grace_s=0.2):
+    with (
+        pytest.raises(PreemptedError, match=r"checkpoint within 0\.2 s \(run\.preemption_grace_s"),
+        Preemption(grace_s=0.2) as preemption,
+    ):
+        preemption.has_begun()
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(10)
+
+
+def test_a_run_whose_roles_still_start_ends_at_once() -> None:
+    started = time.monotonic()
+    with pytest.raises(PreemptedError, match="before its roles were ready"), Preemption(grace_s=60):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+    assert time.monotonic() - started < 5
+
+
+def test_an_error_of_a_run_that_was_told_to_end_stays_that_error() -> None:
+    with pytest.raises(WorkerError, match="a role died"), Preemption(grace_s=60) as preemption:
+        preemption.has_begun()
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise WorkerError("a role died")

@@ -71,7 +71,7 @@ ALLOWED = {
     ("benchmarks/annotation_overlap.py", "subprocess.Popen"): "this interpreter and a script of benchmarks/",
     ("benchmarks/annotation_overlap.py", "subprocess.run"): "this interpreter and trace-rl",
     ("benchmarks/pipeline_step.py", "subprocess.run"): "this interpreter and trace-rl",
-    ("benchmarks/kill_anywhere.py", "subprocess.Popen"): "this interpreter and trace-rl",
+    ("benchmarks/launched_run.py", "subprocess.Popen"): "this interpreter and trace-rl",
 }
 """(file, call) -> why it is right there."""
 

@@ -211,7 +211,7 @@ def _told(evidence: Evidence, state: State, end: EarlyEnd | None, has_begun: boo
         return f"it was interrupted (Ctrl-C) at {end.time}{when}"
     if state == "preempted":
         if end and end.error == "PreemptedError":
-            return f"it was told to leave its place (SIGTERM) at {end.time} and kept what it had done"
+            return f"it left its place (SIGTERM) at {end.time}: {end.sentence}"
         return "it was told to leave its place (SIGTERM) and did not come to a checkpoint within its grace"
     told: dict[str, str] = {
         "running": f"it is being written{where}" if has_begun else f"it is starting{where}",
