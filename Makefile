@@ -2,8 +2,12 @@
 PYTHON ?= python3.11
 PROFILE ?= $(if $(wildcard /proc/driver/nvidia/version),cuda,cpu)
 CONFIG ?= configs/demo.yaml
+BENCH ?= smoke
+ADDRESS ?= http://127.0.0.1:8265
+SHARED ?= /shared
 UV_VERSION := 0.13.9
 VENV := .venv
+RACE := .venv-race
 BIN := $(VENV)/bin
 # One stamp per stage: a stage runs again only when what it reads has changed.
 UV := $(VENV)/.uv-$(UV_VERSION)
@@ -13,7 +17,7 @@ SLOW := $(VENV)/.slow-$(PROFILE)
 TARGETS := trace workers launch tests benchmarks setup.py
 INSTALL := sh launch/setup/install.sh $(BIN)
 
-.PHONY: help setup demo check test test-kills soak test-slow bench build docs base-model lock clean
+.PHONY: help setup demo check test test-kills soak test-slow bench bench-parts race build docs base-model lock clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -45,7 +49,14 @@ soak: setup  ## half an hour of the demo, whose memory, file handles and threads
 test-slow: setup $(SLOW)  ## the tests marked slow; installs a real 135 M model (98 MB), a tokenizer and reasoning-gym
 	$(BIN)/python -m pytest -m slow
 
-bench: setup  ## every benchmark in benchmarks/
+bench: setup  ## a run stage by stage, and its distance to the roofs (BENCH=smoke|node|cluster, ARGS="--compare FILE")
+ifeq ($(BENCH),cluster)
+	$(BIN)/ray job submit --address $(ADDRESS) --working-dir . -- python benchmarks/bench.py cluster --shared $(SHARED) $(ARGS)
+else
+	$(BIN)/python benchmarks/bench.py $(BENCH) $(ARGS)
+endif
+
+bench-parts: setup  ## every other benchmark in benchmarks/, half an hour
 	$(BIN)/python benchmarks/pipeline_step.py
 	$(BIN)/python benchmarks/annotation_overlap.py
 	$(BIN)/python benchmarks/head_loss.py
@@ -54,6 +65,15 @@ bench: setup  ## every benchmark in benchmarks/
 	$(BIN)/python benchmarks/driver_overhead.py
 	$(BIN)/python benchmarks/weight_sync.py
 	$(BIN)/python benchmarks/fuzz.py --inputs 5000
+
+race: setup $(RACE)/.ready  ## the same training by us and by TRL's GRPOTrainer, in an environment of its own
+	$(BIN)/python benchmarks/race.py --peer $(RACE)/bin/python $(ARGS)
+
+$(RACE)/.ready: requirements/race.txt
+	$(PYTHON) -m venv $(RACE)
+	$(RACE)/bin/python -m pip install --quiet uv==$(UV_VERSION)
+	sh launch/setup/install.sh $(RACE)/bin -r requirements/race.txt
+	touch $@
 
 build: setup  ## wheel and source archive in dist/
 	rm -rf build/lib build/bdist.*

@@ -247,6 +247,7 @@ def crew(
             teacher=InstantTeacher(),
             teacher_shapes=[_SHAPE] if config.needs_teacher else [],
             learner=learner,
+            policy_shape=_SHAPE,
             weight_sync=sync,
             utilisation=IdleShares({"generator": generator.idle, "learner": [learner.idle]}),
             journal=journal,

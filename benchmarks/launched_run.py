@@ -63,9 +63,13 @@ class LaunchedRun:
 
 @contextmanager
 def launched(
-    folder: Path, settings: Sequence[str], printed: Path, environment: Mapping[str, str] | None = None
+    folder: Path,
+    settings: Sequence[str],
+    printed: Path,
+    environment: Mapping[str, str] | None = None,
+    configs: Sequence[Path] = (DEMO,),
 ) -> Iterator[LaunchedRun]:
-    """The demo with these overrides; at the end of the block nothing of it is left.
+    """A run of these configurations with these overrides; at the end of the block nothing of it is left.
 
     Args:
         folder: of the run.
@@ -73,7 +77,8 @@ def launched(
         environment: what it gets beside ours.
     """
     mark = uuid.uuid4().hex
-    command = [sys.executable, "-m", "trace_rl.launch.cli", "train", str(DEMO), *settings, f"run.folder={folder}"]
+    command = [sys.executable, "-m", "trace_rl.launch.cli", "train", *map(str, configs), *settings]
+    command += [f"run.folder={folder}"]
     with printed.open("ab") as file:
         env = {**os.environ, **(environment or {}), _MARK: mark}
         driver = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env, start_new_session=True)

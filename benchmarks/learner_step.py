@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import typer
 from report import describe_machine, one_line, publish
+from roofs import matmul_flops
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Qwen3Config
 
@@ -229,7 +230,7 @@ def measure(learner: Learner, preset: Preset, repeats: int, seed: int) -> list[d
             padding[layout, share] = report.padding_frac
             if turn:  # the first one warms caches
                 seconds[layout, share].append(time.perf_counter() - start)
-    roof = matmul_flops(learner, preset)
+    roof = matmul_flops(learner.device, getattr(torch, preset.dtype))
     results = []
     for layout, share in cases:
         own = seconds[layout, share]
@@ -250,19 +251,6 @@ def measure(learner: Learner, preset: Preset, repeats: int, seed: int) -> list[d
             }
         )
     return results
-
-
-def matmul_flops(learner: Learner, preset: Preset, size: int = 4096) -> float:
-    """Operations per second of a large matrix product in the model's precision: the median of five."""
-    left = torch.randn(size, size, device=learner.device, dtype=getattr(torch, preset.dtype))
-    times = []
-    for _ in range(6):
-        learner.synchronise()
-        start = time.perf_counter()
-        left @ left
-        learner.synchronise()
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / statistics.median(times[1:])
 
 
 def run_preset(preset: Preset, repeats: int, seed: int) -> dict[str, Any]:

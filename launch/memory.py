@@ -1,4 +1,4 @@
-"""Peak memory of a run: the process tree of the driver, sampled in the background."""
+"""Peak memory of a run: the process tree of its driver, sampled in the background."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import threading
 import psutil
 
 
-def tree_memory_gib() -> float:
-    """Memory of this process and all its descendants; shared pages are split among those who share them (PSS)."""
-    process = psutil.Process()
+def tree_memory_gib(pid: int | None = None) -> float:
+    """Memory of a process, or this one, and all its descendants; shared pages are split among their users (PSS)."""
+    try:
+        process = psutil.Process(pid)
+        members = [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return 0.0
     total = 0
-    for each in [process, *process.children(recursive=True)]:
+    for each in members:
         try:
             total += each.memory_full_info().pss
         except (psutil.NoSuchProcess, psutil.AccessDenied):
@@ -22,8 +26,9 @@ def tree_memory_gib() -> float:
 class MemoryWatch:
     """Samples `tree_memory_gib` every `interval_s` seconds until it is stopped."""
 
-    def __init__(self, interval_s: float = 5.0) -> None:
+    def __init__(self, interval_s: float = 5.0, pid: int | None = None) -> None:
         self.peak_gib = 0.0
+        self._pid = pid
         self._interval_s = interval_s
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="memory-watch", daemon=True)
@@ -38,4 +43,4 @@ class MemoryWatch:
 
     def _watch(self) -> None:
         while not self._done.wait(self._interval_s):
-            self.peak_gib = max(self.peak_gib, tree_memory_gib())
+            self.peak_gib = max(self.peak_gib, tree_memory_gib(self._pid))

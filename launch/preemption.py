@@ -1,8 +1,8 @@
 """SIGTERM, by which batch systems and Kubernetes tell a run to leave its place: it keeps what it has done, and ends.
 
 Decides how long that may take. The run asks between its stages whether it was told (`is_asked`); where it does not end
-within its grace, or has nothing to keep yet, it is interrupted, and where that does not help within `_LAST_S` the process
-is gone. However it ends, the exit code is `EXIT_CODE`.
+within its grace, or has nothing to keep yet, it is interrupted, and where that does not help within `_LAST_S` the
+process is gone. However it ends, the exit code is `EXIT_CODE`.
 """
 
 from __future__ import annotations

@@ -88,7 +88,8 @@ def start_roles(ready: Ready, folder: RunFolder, journal: RunJournal, ledger: Pr
     grader = RayGrader(handles[REWARDER], config.rewarder)
     idle |= {"generator": generator.idle, "rewarder": [grader.idle], "learner": [actors.learner.idle]}
     watch = _watch(config, actors, recovery)
-    expected_bytes = checkpoint_bytes(config, model_shape(config.model, config.learner, torch.device("cpu")))
+    shape = model_shape(config.model, config.learner, torch.device("cpu"))
+    expected_bytes = checkpoint_bytes(config, shape)
     checkpoints = RunCheckpoints(folder, learner, teacher, config.run, expected_bytes, journal.score_at)
     roles = Roles(
         prompts=ready.prompts,
@@ -100,6 +101,7 @@ def start_roles(ready: Ready, folder: RunFolder, journal: RunJournal, ledger: Pr
         teacher=teacher,
         teacher_shapes=teacher_shapes,
         learner=learner,
+        policy_shape=shape.work,
         weight_sync=weight_sync,
         utilisation=_Figures(IdleShares(idle), watch),
         journal=journal,

@@ -249,6 +249,7 @@ def make_roles(config, annotator=None, teacher=None, sampler=None):
         teacher=teacher or AbsentTeacher(),
         teacher_shapes=[A_PARAMETER] if teacher else [],
         learner=learner,
+        policy_shape=A_PARAMETER,
         weight_sync=Sync(learner, engine),
         utilisation=Unmeasured(),
         journal=Journal(),

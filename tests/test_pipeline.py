@@ -35,7 +35,11 @@ def read_metrics(folder):
     """Records without times, in order."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [
-        {name: value for name, value in record.items() if not name.endswith("_s") and not name.startswith("idle/")}
+        {
+            name: value
+            for name, value in record.items()
+            if not name.endswith("_s") and not name.startswith(("idle/", "memory/"))
+        }
         for record in records
     ]
 

@@ -71,6 +71,9 @@ ALLOWED = {
     ("benchmarks/annotation_overlap.py", "subprocess.Popen"): "this interpreter and a script of benchmarks/",
     ("benchmarks/annotation_overlap.py", "subprocess.run"): "this interpreter and trace-rl",
     ("benchmarks/pipeline_step.py", "subprocess.run"): "this interpreter and trace-rl",
+    ("benchmarks/bench.py", "subprocess.run"): "this interpreter and a script of benchmarks/",
+    ("benchmarks/report.py", "subprocess.run"): "git, of this working tree",
+    ("benchmarks/race.py", "subprocess.Popen"): "another Python and a script of benchmarks/",
     ("benchmarks/launched_run.py", "subprocess.Popen"): "this interpreter and trace-rl",
 }
 """(file, call) -> why it is right there."""

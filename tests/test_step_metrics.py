@@ -7,7 +7,7 @@ from rollouts import ERROR, KEY, annotated, configured, error, key
 from trace_rl.batch import RolloutKey, TeacherRequest, TeacherRows, TrainingBatch
 from trace_rl.flops import TransformerShape
 from trace_rl.routing import route_rollouts
-from trace_rl.step_metrics import rollout_metrics, route_metrics, staleness_metrics, teacher_metrics
+from trace_rl.step_metrics import learner_work, rollout_metrics, route_metrics, staleness_metrics, teacher_metrics
 from trace_rl.training_batch import Evidence, training_batch
 
 TRACE = configured({"key_spans": KEY, "error_spans": ERROR})
@@ -29,6 +29,7 @@ def test_rollout_metrics_by_hand() -> None:
         "reward/mean": 0.25,
         "reward/zero_variance_groups_frac": 0.5,
         "response/length_mean_tokens": 6.0,
+        "response/length_max_tokens": 10.0,
         "response/truncated_frac": 0.25,
         "sampling/completions": 4.0,
         "sampling/trained_frac": 0.75,
@@ -120,6 +121,17 @@ def test_teacher_metrics_by_hand() -> None:
     # F(2 + 6, 6) = 80 + 128 + 120 = 328 and F(2 + 4, 4) = 212 for the two that were sent in the first view only
     two_views = teacher_metrics(routed, requests, rows, 2, [shape])
     assert two_views["teacher/flops_saved_frac"] == pytest.approx(1 - 416 / (1488 + 328 + 212 + 608 + 212))
+
+
+def test_the_learners_work_by_hand() -> None:
+    shape = TransformerShape(num_layer_parameters=5, num_layers=1, attention_width=1, hidden=2, vocab=5)
+    routed = route_rollouts(ROLLOUTS[:2], configured(), 0)
+    batch = training_batch(routed, {}, Evidence([], {}), configured(), 0)
+    # prompts of 2 tokens: F(2 + 6, 6) = 80 + 128 + 120 = 328 and F(2 + 4, 4) = 60 + 72 + 80 = 212
+    assert learner_work(batch, shape) == {
+        "learner/tokens": 14.0,
+        "learner/forward_tflop": pytest.approx((328 + 212) / 1e12),
+    }
 
 
 def test_a_teacher_that_was_not_asked_was_spared_everything() -> None:

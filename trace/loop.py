@@ -44,7 +44,7 @@ from trace_rl.protocols import (
 )
 from trace_rl.rollout_supply import RolloutSupply
 from trace_rl.routing import keep_top_tokens, route_rollouts, teacher_views
-from trace_rl.step_metrics import rollout_metrics, route_metrics, staleness_metrics, teacher_metrics
+from trace_rl.step_metrics import learner_work, rollout_metrics, route_metrics, staleness_metrics, teacher_metrics
 from trace_rl.text_metrics import text_metrics
 from trace_rl.training_batch import Evidence, scored_tokens, training_batch
 
@@ -67,6 +67,8 @@ class Roles:
     teacher_shapes: Sequence[TransformerShape]
     """Of the teacher's models, by which its work is counted; empty where the run has no teacher."""
     learner: Learner
+    policy_shape: TransformerShape
+    """Of the model that is trained, by which the learner's work is counted."""
     weight_sync: WeightSync
     utilisation: Utilisation
     journal: Journal
@@ -159,6 +161,7 @@ def _step(config: RunConfig, roles: Roles, supply: RolloutSupply, step: int) -> 
         **roles.annotator.metrics(),
         **teacher_cost,
         **learner_metrics,
+        **learner_work(batch, roles.policy_shape),
         **sync_metrics,
         **roles.utilisation.metrics(),
     }

@@ -41,6 +41,7 @@ def rollout_metrics(sampled: Sequence[GradedRollout], num_trained: int) -> dict[
         "reward/mean": float(np.mean([item.reward for item in ordered])),
         "reward/zero_variance_groups_frac": float(np.mean([len(set(rewards)) == 1 for rewards in groups.values()])),
         "response/length_mean_tokens": float(np.mean([len(item.rollout.token_ids) for item in ordered])),
+        "response/length_max_tokens": float(max(len(item.rollout.token_ids) for item in ordered)),
         "response/truncated_frac": float(np.mean([item.rollout.finish_reason == "length" for item in ordered])),
         "sampling/completions": float(len(ordered)),
         "sampling/trained_frac": num_trained / len(ordered),
@@ -132,6 +133,18 @@ def teacher_metrics(
         "teacher/forward_tokens": float(sum(tokens)),
         "teacher/state_bytes": float(sum(item.hidden.nbytes for item in rows)),
     }
+
+
+def learner_work(batch: TrainingBatch, shape: TransformerShape) -> dict[str, float]:
+    """What one forward pass of the learner over the batch takes, padding left out.
+
+    A step is about three of them, two for the backward pass: model FLOPs utilisation (MFU) is 3 forward_tflop / seconds
+    over what the hardware can do (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
+    """
+    lengths = [len(item.prompt_token_ids) + len(item.token_ids) for item in batch.sequences]
+    rows = sum(len(item.token_ids) for item in batch.sequences)
+    flops = sum(shape.forward_flops(length, 0) for length in lengths) + shape.forward_flops(0, rows)
+    return {"learner/tokens": float(sum(lengths)), "learner/forward_tflop": flops / 1e12}
 
 
 def _taken(item: RoutedRollout) -> np.ndarray:

@@ -9,18 +9,20 @@ waits for it finds it dead and acts as for any death. Which state a role is in i
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from trace_rl.config.health import Health
 from trace_rl.workers.health import State, follow, heard
+from trace_rl.workers.life import Memory
 from trace_rl.workers.waiting import condemn
 from trace_rl.workers.worker_logs import is_running
 
@@ -29,20 +31,29 @@ logger = logging.getLogger(__name__)
 _READ_S = 30.0
 
 
+class Sign(NamedTuple):
+    """The last sign of life of a role."""
+
+    silent_s: float
+    """Since it was given."""
+    life: str
+    memory: Memory
+
+
 class Board:
     """Who gave a sign of life when; made an actor by `open_board`."""
 
     def __init__(self) -> None:
-        self._last: dict[str, tuple[float, str]] = {}
+        self._last: dict[str, tuple[float, str, Memory]] = {}
 
-    def beat(self, role: str, life: str) -> None:
+    def beat(self, role: str, life: str, memory: Memory) -> None:
         """A role is there, in this life."""
-        self._last[role] = time.monotonic(), life
+        self._last[role] = time.monotonic(), life, memory
 
-    def read(self) -> dict[str, tuple[float, str]]:
-        """Role -> (seconds since its last sign, its life)."""
+    def read(self) -> dict[str, Sign]:
+        """By role."""
         now = time.monotonic()
-        return {role: (now - at, life) for role, (at, life) in self._last.items()}
+        return {role: Sign(now - at, life, memory) for role, (at, life, memory) in self._last.items()}
 
 
 def open_board() -> tuple[Any, str]:
@@ -72,11 +83,13 @@ class HeartbeatWatch:
         self._is_proven = is_proven
         self._states: dict[str, State] = dict.fromkeys(actors, "healthy")
         self._lives: dict[str, str] = {}
+        self._peaks: dict[str, Memory] = {}
         self._restarts = 0
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="heartbeat watch")
 
     def __enter__(self) -> HeartbeatWatch:
+        self._look()
         self._thread.start()
         return self
 
@@ -87,22 +100,35 @@ class HeartbeatWatch:
         self._thread.join(_READ_S)
 
     def metrics(self) -> dict[str, float]:
-        """How many roles are not healthy, and how many were started again so far."""
+        """How many roles are not healthy, how many were started again so far, and the peaks of their memory."""
         states = list(self._states.values())
-        return {
+        found = {
             "health/not_healthy_roles": float(len(states) - states.count("healthy")),
             "health/restarts": float(self._restarts),
         }
+        for role, peak in dict(self._peaks).items():
+            kind = re.sub(r" \d+$", "", role).replace(" ", "_")  # of several the largest
+            for name, gib in peak._asdict().items():
+                figure = f"memory/{kind}_{name}_peak_gib"
+                if gib:
+                    found[figure] = max(gib, found.get(figure, 0.0))
+        return found
 
     def _watch(self) -> None:
         while not self._is_over.wait(self._settings.heartbeat_every_s):
-            try:
-                signs: dict[str, tuple[float, str]] = ray.get(self._board.read.remote(), timeout=_READ_S)
-            except (RayError, GetTimeoutError):  # the board itself was lost; roles tell its successor
+            self._look()
+
+    def _look(self) -> None:
+        try:
+            signs: dict[str, Sign] = ray.get(self._board.read.remote(), timeout=_READ_S)
+        except (RayError, GetTimeoutError):  # the board itself was lost; roles tell its successor
+            return
+        for role, sign in signs.items():
+            if role not in self._states or self._is_over.is_set():
                 continue
-            for role, (silent_s, life) in signs.items():
-                if role in self._states and not self._is_over.is_set():
-                    self.judge(role, silent_s, life)
+            before = self._peaks.get(role, sign.memory)
+            self._peaks[role] = Memory(*(max(pair) for pair in zip(before, sign.memory, strict=True)))
+            self.judge(role, sign.silent_s, sign.life)
 
     def judge(self, role: str, silent_s: float, life: str) -> None:
         """Move a role to its next state, and act on it."""

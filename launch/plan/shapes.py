@@ -14,9 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from trace_rl.config.learner import LearnerSettings, Lora
 from trace_rl.config.roles import Model
 from trace_rl.errors import ModelError, first_line
+from trace_rl.flops import TransformerShape
 from trace_rl.token_layout import Layout
 from trace_rl.workers.adapters import add_adapters
-from trace_rl.workers.policy_model import attention_of, layout_of
+from trace_rl.workers.policy_model import attention_of, layout_of, transformer_shape
 from trace_rl.workers.weight_wire import WeightManifest
 
 
@@ -44,6 +45,8 @@ class ModelShape:
     """Whether the learner's attention is flash attention, as far as this machine can tell."""
     layout: Layout
     """How the learner lays out sequences for it."""
+    work: TransformerShape
+    """By which the work of a pass is counted."""
 
     @property
     def num_parameters(self) -> int:
@@ -82,6 +85,7 @@ def model_shape(
     dtype = getattr(torch, model.dtype)
     weights = WeightManifest.of((name, tuple(each.shape), dtype) for name, each in policy.named_parameters())
     policy.config._attn_implementation = attention_of(model, device)
+    work = transformer_shape(policy, text.vocab_size)  # before adapters are added
     layout, is_flash = layout_of(policy, settings), policy.config._attn_implementation.startswith("flash_attention")
     return ModelShape(
         weights=weights,
@@ -96,6 +100,7 @@ def model_shape(
         bytes_per_value=dtype.itemsize,
         is_flash=is_flash,
         layout=layout,
+        work=work,
     )
 
 
