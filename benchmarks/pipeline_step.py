@@ -3,8 +3,8 @@
     python benchmarks/pipeline_step.py [--prompts 64] [--steps 12] [--rounds 2] [--out benchmarks/results]
 
 TRACE runs with the oracle annotator, once on its key spans as in the demo and once on tokens drawn outside of them, a
-quarter of each correct response: the oracle's own spans are fewer. Its weight stays up for the whole bench, or the later
-steps would be GRPO's. Absolute times belong to this machine; the ratios of one run are what to compare.
+quarter of each correct response: the oracle's own spans are fewer. Its weight stays up for the whole bench, or the
+later steps would be GRPO's. Absolute times belong to this machine; the ratios of one run are what to compare.
 """
 
 from __future__ import annotations
