@@ -39,11 +39,16 @@ app.add_typer(sweep_app, name="sweep")
 
 
 @app.command()
-def train(arguments: Arguments) -> None:
+def train(
+    arguments: Arguments,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Write a torch trace of the third step of each role that runs a model.")
+    ] = False,
+) -> None:
     """Train: trace-rl train configs/demo.yaml configs/methods/grpo.yaml run.steps=20"""
     console = Console()
     with explained("interrupted; run.resume=auto goes on from the last checkpoint"):
-        config = _load(arguments)
+        config = _load([*arguments, *(["logging.profile_steps=[2]"] if profile else [])])
         from trace_rl.launch.job import inside_job
 
         config = inside_job.settle(config)

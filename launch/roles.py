@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,8 @@ class Crew:
     checkpoints: RunCheckpoints
     watch: HeartbeatWatch
     """To be entered for the time of the run."""
+    computing: Mapping[str, Any]
+    """Role -> its actor, of those that run a model."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,8 @@ def start_roles(ready: Ready, folder: RunFolder, journal: RunJournal, ledger: Pr
         ledger=ledger,
         evaluation_sets=ready.evaluation_sets,
     )
-    return Crew(roles, checkpoints, watch)
+    computing = {role: actor for role, actor in handles.items() if role not in (REWARDER, ANNOTATOR)}
+    return Crew(roles, checkpoints, watch, {**computing, **actors.ranks})
 
 
 def _watch(config: RunConfig, actors: Actors, recovery: Recovery) -> HeartbeatWatch:

@@ -12,7 +12,7 @@ if __name__ == "__main__":  # `python -m trace_rl.launch.train CONFIG`, as jobs 
 import logging
 import shlex
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 
@@ -30,6 +30,7 @@ from trace_rl.launch.plan.cluster import known_gpu_memory
 from trace_rl.launch.plan.run_plan import plan_run
 from trace_rl.launch.plan.text import PLAN_FILE, full_text, short_text
 from trace_rl.launch.preemption import Preemption
+from trace_rl.launch.profiling import ProfiledJournal
 from trace_rl.launch.restarts import Attempt, persist
 from trace_rl.launch.roles import start_roles
 from trace_rl.launch.run_checkpoints import Progress
@@ -144,5 +145,8 @@ def _train(run: _Run, attempt: Attempt, preemption: Preemption) -> None:
     run.ledger.mark("resumed" if progress.step or attempt.number else "started", progress.step)
     attempt.has_begun = True
     preemption.has_begun()
+    if steps := ready.config.logging.profile_steps:
+        journal = ProfiledJournal(run.journal, crew.computing, folder.profile, steps, progress.step)
+        roles = replace(roles, journal=journal)
     with crew.watch:
         train(ready.config, roles, progress.step, run.journal.history, progress.pending, preemption.is_asked)

@@ -161,6 +161,10 @@ class Logging(Section):
     memory of three float32 gradients. Under ZeRO-3 all that is left out but the lift, the exposure's sum of norms
     too."""
 
+    profile_steps: tuple[int, ...] = ()
+    """Steps of which engines, teacher and learner ranks write a trace of torch's profiler to profile/ in the run
+    folder; such a step takes longer. `--profile` is [2]."""
+
     def num_rollouts_at(self, step: int) -> int:
         """How many rollouts of a step are stored at most."""
         return 0 if not self.rollouts_every or step % self.rollouts_every else self.rollouts_per_step
