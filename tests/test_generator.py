@@ -224,7 +224,7 @@ def test_chats_that_cannot_be_answered_are_refused_and_the_engine_goes_on(
 
 
 class FakeEngine:
-    """Answers at once with one token a request; can die, hang, fail, lose requests or report any version.
+    """Answers at once with one token a request; can die, hang, fail, lose, repeat, garble, or report any version.
 
     Args:
         notes: a file that gets a line for each call: its process, and how much it was asked for.
@@ -258,9 +258,12 @@ class FakeEngine:
                 time.sleep(0.3)  # what was yielded is on its way
                 os._exit(1)
             logprobs, versions = np.zeros(1, dtype=np.float32), np.array([self._version])
+            if self._behaviour == "garbles" and number == 1:
+                logprobs[:] = np.nan
             text = str(os.getpid())
             ids = request.prompt_token_ids
-            yield [Rollout(request.prompt, request.sample, ids, (1,), logprobs, "stop", versions, text)]
+            rollout = Rollout(request.prompt, request.sample, ids, (1,), logprobs, "stop", versions, text)
+            yield [rollout] * (2 if self._behaviour == "repeats" else 1)
 
 
 def generate_with(*engines: tuple[int, str], timeout_s: float = 30.0) -> list[Rollout]:
@@ -289,6 +292,8 @@ def test_engines_share_the_work_and_keep_groups_together(local_ray: None) -> Non
         ("hangs", r"before the deadline of 3 s .* generator engine 1 \(4 rollouts missing\)"),
         ("fails", "generator engine 1 failed while .*MemoryError: no memory left for the KV cache"),
         ("loses", "generator engine 1 ended with 1 rollouts missing"),
+        ("repeats", r"generator engine 1 sent sample 0 of prompt 'p\d' twice"),
+        ("garbles", r"generator engine 1 garbled sample 1 of prompt 'p\d': .*log"),
     ],
 )
 def test_a_bad_engine_is_named(local_ray: None, behaviour: str, message: str) -> None:
