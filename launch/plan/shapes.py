@@ -7,6 +7,7 @@ engines and checkpoints will have, whatever the architecture. Must not know role
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from trace_rl.config.learner import LearnerSettings, Lora
 from trace_rl.config.roles import Model
 from trace_rl.errors import ModelError, first_line
+from trace_rl.flops import TransformerShape
 from trace_rl.token_layout import Layout
 from trace_rl.workers.adapters import add_adapters
 from trace_rl.workers.policy_model import attention_of, layout_of
@@ -44,6 +46,8 @@ class ModelShape:
     """Whether the learner's attention is flash attention, as far as this machine can tell."""
     layout: Layout
     """How the learner lays out sequences for it."""
+    is_mixture: bool
+    """Whether a token passes some of many experts, so that its work does not follow from the number of weights."""
 
     @property
     def num_parameters(self) -> int:
@@ -59,6 +63,18 @@ class ModelShape:
     def key_width(self) -> int:
         """Heads of keys times the size of a head; values have as many."""
         return self.num_kv_heads * self.head_dim
+
+    @cached_property
+    def transformer(self) -> TransformerShape:
+        """What the work of a dense model depends on."""
+        tables = sum(shape == (self.vocab, self.hidden) for shape in self.weights.shapes)
+        return TransformerShape(
+            num_layer_parameters=self.num_parameters - tables * self.vocab * self.hidden,
+            num_layers=self.num_layers,
+            attention_width=self.query_width,
+            hidden=self.hidden,
+            vocab=self.vocab,
+        )
 
 
 def model_shape(
@@ -96,6 +112,7 @@ def model_shape(
         bytes_per_value=dtype.itemsize,
         is_flash=is_flash,
         layout=layout,
+        is_mixture=bool(getattr(text, "num_experts_per_tok", None)),
     )
 
 
