@@ -222,7 +222,7 @@ def teacher(given: Given, busy: Sequence[int]) -> Stage:
             "link": (states + refreshed) / hardware.roofs.link_bytes_per_s,
         },
         hardware.shares.teacher,
-        read / config.teacher.max_tokens_per_batch,
+        max(1.0, read / config.teacher.max_tokens_per_batch),
         hardware.fixed.teacher_pass_s,
     )
 
