@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ def page() -> str:
             _assumptions(),
             _formulas(),
             "## One node: Qwen3-8B on 8 H100",
-            _node_words(node),
+            _wrapped(_node_words(node)),
             _step_table(node),
             "![Seconds of each stage over six dimensions](images/cost-curves.svg)",
             *(f"### {each.title}\n\n{_dimension_table(node, each)}" for each in DIMENSIONS),
@@ -94,9 +95,9 @@ def page() -> str:
             _BOTTLENECKS,
             _bottleneck_table(node),
             "## On paper: 70 G parameters on 64 nodes",
-            _large_words(large),
+            _wrapped(_large_words(large)),
             _table(("what", "arithmetic", "value"), (_derived_cells(row) for row in paper.derivation(large))),
-            _large_verdict(large),
+            _wrapped(_large_verdict(large)),
             "## Against what was measured",
             _MEASURED,
             _table(
@@ -169,10 +170,12 @@ def _assumptions() -> str:
         [
             "## What it stands on",
             _table(("GPU, by its data sheet", "products, bfloat16", "memory", "link", "gather over all ranks"), rows),
-            f"Without measured ones, these shares of the roofs are expected: generation {shares.generation:.0%}, "
-            f"teacher {shares.teacher:.0%}, learner {shares.learner:.0%}, sync {shares.sync:.0%}. They are assumptions "
-            "whose reasons stand in `launch/plan/hardware.py`; nothing takes a fixed time but a rollout on the driver, "
-            f"{fixed.driver_s * 1e3:.2g} ms (measured, `benchmarks/results/driver_overhead.md`).",
+            _wrapped(
+                f"Without measured ones, these shares of the roofs are expected: generation {shares.generation:.0%}, "
+                f"teacher {shares.teacher:.0%}, learner {shares.learner:.0%}, sync {shares.sync:.0%}. They are assumptions "
+                "whose reasons stand in `launch/plan/hardware.py`; nothing takes a fixed time but a rollout on the driver, "
+                f"{fixed.driver_s * 1e3:.2g} ms (measured, `benchmarks/results/driver_overhead.md`)."
+            ),
         ]
     )
 
@@ -187,7 +190,9 @@ def _formulas() -> str:
         ("sync", "weights / link, + what ZeRO-3 gathers first", "1"),
         ("driver", "", "rollouts"),
     ]
-    return "\n\n".join([_FORMULAS, _table(("stage", "seconds at the roofs", "rounds"), rows), _WHO_WAITS])
+    return "\n\n".join(
+        [_FORMULAS.strip(), _table(("stage", "seconds at the roofs", "rounds"), rows), _WHO_WAITS.strip()]
+    )
 
 
 def _node_words(node: Case) -> str:
@@ -204,7 +209,7 @@ def _node_words(node: Case) -> str:
 
 def _step_table(case: Case) -> str:
     step = paper.step_of(case)
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             stage.name,
             seconds(stage.roof_s) if stage.roof_s else "",
@@ -315,6 +320,13 @@ def _large_verdict(large: Case) -> str:
         "work: fewer rollouts with spans, a schedule that ends, a smaller teacher.\n\nverl reports 28.8 s for the sync "
         "of a 72 G model over NCCL (its docs/advance/delta_weight_sync.md); "
         f"{seconds(step.of(stages.SYNC).seconds)} is what a quarter of the link would give, and was not measured."
+    )
+
+
+def _wrapped(words: str) -> str:
+    """Paragraphs in lines of at most 120 columns."""
+    return "\n\n".join(
+        textwrap.fill(each, 120, break_long_words=False, break_on_hyphens=False) for each in words.split("\n\n")
     )
 
 

@@ -401,13 +401,18 @@ def test_roofs_are_read_from_what_the_bench_writes(tmp_path: Path) -> None:
 
 
 def test_the_section_of_a_plan_says_what_bounds_a_step() -> None:
-    lines = list(time_lines(run_cost(given_of()), WORK, AT_ROOFS, "some GPU"))
+    lines = list(time_lines(run_cost(given_of()), given_of(), "some GPU"))
     assert lines[0].startswith("some GPU: 1,000 FLOP/s, memory 100 B/s, link 10 B/s a device; ")
     assert lines[3].split() == ["generation", "5.3", "min", "5.3", "min", "55%", "memory", "bandwidth"]
     text = "\n".join(lines)
     assert "bottleneck: generation, by memory bandwidth" in text
     assert "idle: engines 45%, teacher 90%, learner 69% of a step" in text
     assert "that is a step in which routes read the teacher, 40 of 100; the other 60 take 8.72 min each" in text
+    assert lines[-1] == "taken to cost no time, because it is not known: grading (fixed.grading_s of --roofs)"
+    asked = given_of(annotator={"backend": {"type": "api", "base_url": "http://127.0.0.1:1/v1", "name": "m"}})
+    assert list(time_lines(run_cost(asked), asked, ""))[-1].endswith(
+        "the annotator's replies (--expect annotation_s=SECONDS)"
+    )
     assert bottleneck(StepCost((), 1, LONGEST)) == "the longest response, within scheduling.max_staleness"
     told = [seconds(value) for value in (7200, 150, 90.0, 0.0125, 5e6)]
     assert told == ["2 h", "2.5 min", "90 s", "12.5 ms", "1,389 h"]

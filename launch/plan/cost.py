@@ -85,9 +85,9 @@ def step_cost(given: Given, busy: Sequence[int]) -> StepCost:
     scheduling = given.config.scheduling
     if scheduling.is_synchronous:
         return synchronous([batch, *beside], last_s, after)
-    steady = stages.generation(given, is_steady=True)
     if scheduling.partial == "finish":
         return finished_first([batch, *beside], last_s, after)
+    steady = stages.generation(given, is_steady=True)
     return running_ahead([steady, *beside], batch.seconds + last_s, after, scheduling.max_staleness)
 
 

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 
 from trace_rl.launch.plan import stages
 from trace_rl.launch.plan.cost import LONGEST, RunCost, StepCost
-from trace_rl.launch.plan.hardware import Hardware
-from trace_rl.launch.plan.stages import Stage
+from trace_rl.launch.plan.stages import Given, Stage
 from trace_rl.launch.plan.workload import Workload
 
 NO_ROOFS = "no measured roofs: give --roofs FILE (`make bench` writes one), or --gpu NAME for a GPU by its data sheet"
@@ -20,19 +19,19 @@ _ROLES = {"engines": stages.GENERATION, "teacher": stages.TEACHER, "learner": st
 _BOUNDS = {"memory": "memory bandwidth", "products": "products", "link": "the link", "overhead": "fixed times"}
 
 
-def time_lines(cost: RunCost, work: Workload, hardware: Hardware, source: str) -> Iterator[str]:
+def time_lines(cost: RunCost, given: Given, source: str) -> Iterator[str]:
     """The section of a plan.
 
     Args:
         source: where the roofs come from.
     """
-    roofs, shares = hardware.roofs, hardware.shares
+    roofs, shares = given.hardware.roofs, given.hardware.shares
     yield (
         f"{source}: {rate(roofs.matmul_flops, 'FLOP/s')}, memory {rate(roofs.copy_bytes_per_s, 'B/s')}, link "
         f"{rate(roofs.link_bytes_per_s, 'B/s')} a device; expected to reach {shares.generation:.0%} in generation, "
         f"{shares.teacher:.0%} in the teacher, {shares.learner:.0%} in the learner, {shares.sync:.0%} in a sync"
     )
-    yield from _workload_lines(work)
+    yield from _workload_lines(given.work)
     step = cost.with_routes or cost.without_routes
     yield _COLUMNS.format("stage", "at the roofs", "expected", "of a step", "bound by")
     yield from (_row(step, stage) for stage in step.stages)
@@ -45,6 +44,8 @@ def time_lines(cost: RunCost, work: Workload, hardware: Hardware, source: str) -
             f"other {others:,} take {seconds(cost.without_routes.seconds)} each"
         )
     yield f"{cost.num_steps:,} steps: {seconds(cost.seconds)}, without start, evaluations and checkpoints"
+    if unknown := list(_taken_as_nothing(given)):
+        yield f"taken to cost no time, because it is not known: {', '.join(unknown)}"
 
 
 def seconds(value: float) -> str:
@@ -72,6 +73,13 @@ def bottleneck(step: StepCost) -> str:
     if step.bottleneck == LONGEST:
         return f"{LONGEST}, within scheduling.max_staleness"
     return f"{step.bottleneck}, by {_BOUNDS[step.of(step.bottleneck).bound]}"
+
+
+def _taken_as_nothing(given: Given) -> Iterator[str]:
+    if not given.hardware.fixed.grading_s:
+        yield "grading (fixed.grading_s of --roofs)"
+    if given.config.needs_annotator and given.config.annotator.backend.model and not given.work.annotation_s:
+        yield "the annotator's replies (--expect annotation_s=SECONDS)"
 
 
 def _row(step: StepCost, stage: Stage) -> str:
