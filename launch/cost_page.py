@@ -10,19 +10,21 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from trace_rl.config.base import Section
 from trace_rl.launch import cost_on_paper as paper
 from trace_rl.launch.cost_curves import Panel, figure
 from trace_rl.launch.cost_on_paper import Case
 from trace_rl.launch.plan import stages
 from trace_rl.launch.plan.cost import LONGEST, StepCost, finished_first, running_ahead, synchronous
-from trace_rl.launch.plan.hardware import GPUS, Fixed, Shares
+from trace_rl.launch.plan.hardware import GPUS, Fixed, Roofs, Shares
 from trace_rl.launch.plan.stages import Stage
 from trace_rl.launch.plan.text import size
 from trace_rl.launch.plan.time_text import rate, seconds
+from trace_rl.launch.plan.workload import Expected
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, CURVES = ROOT / "docs/cost.md", ROOT / "docs/images/cost-curves.svg"
@@ -84,6 +86,9 @@ def page() -> str:
         node, large = paper.one_node(shapes), paper.many_nodes(shapes)
         parts = [
             _INTRODUCTION,
+            _fields({"": Expected}),
+            _FILE,
+            _fields({"roofs.": Roofs, "shares.": Shares, "fixed.": Fixed}),
             _assumptions(),
             _formulas(),
             "## One node: Qwen3-8B on 8 H100",
@@ -154,6 +159,20 @@ def _took(name: str, seconds_: float) -> Stage:
     return Stage(name, seconds_, 0.0, seconds_, "products")
 
 
+def _fields(sections: Mapping[str, type[Section]]) -> str:
+    """What a user may give, in the words of the settings themselves."""
+    rows = [
+        (
+            f"`{prefix}{name}`",
+            "" if field.is_required() else f"{field.default:g}",
+            " ".join((field.description or "").split()),
+        )
+        for prefix, section in sections.items()
+        for name, field in section.model_fields.items()
+    ]
+    return _table(("key", "default", "meaning"), rows)
+
+
 def _assumptions() -> str:
     shares, fixed = Shares(), Fixed()
     rows = [
@@ -172,9 +191,9 @@ def _assumptions() -> str:
             _table(("GPU, by its data sheet", "products, bfloat16", "memory", "link", "gather over all ranks"), rows),
             _wrapped(
                 f"Without measured ones, these shares of the roofs are expected: generation {shares.generation:.0%}, "
-                f"teacher {shares.teacher:.0%}, learner {shares.learner:.0%}, sync {shares.sync:.0%}. They are assumptions "
-                "whose reasons stand in `launch/plan/hardware.py`; nothing takes a fixed time but a rollout on the driver, "
-                f"{fixed.driver_s * 1e3:.2g} ms (measured, `benchmarks/results/driver_overhead.md`)."
+                f"teacher {shares.teacher:.0%}, learner {shares.learner:.0%}, sync {shares.sync:.0%}. They are "
+                "assumptions, with their reasons in the table above; nothing takes a fixed time but a rollout on the "
+                f"driver, {fixed.driver_s * 1e3:.2g} ms (measured, `benchmarks/results/driver_overhead.md`)."
             ),
         ]
     )
@@ -350,16 +369,15 @@ trace-rl plan run.yaml learner.world_size=16 --gpu H100      # what if: any sett
 ```
 
 Without `--roofs` and `--gpu` it shows no times. A configuration says only how long responses may be; `--expect` says
-how long they will be: `prompt_tokens`, `response_tokens`, `response_spread`, `context_tokens`, `routed_rollouts_frac`,
-`routed_tokens_frac`, `routed_reach_frac`, `annotation_s`. The metrics of a run have most of them under
-`response/length_mean_tokens`, `route/rollouts_frac` and `route/token_frac`.
-
-The file of roofs is JSON; only `roofs` is needed, and other keys are left alone:
+what is expected of them, and the metrics of a run what they were:
+"""
+_FILE = """
+The file of roofs is JSON; the first three numbers are needed, and keys beside these three are left alone:
 
 ```json
 {
   "roofs": {"matmul_flops": 7e14, "copy_bytes_per_s": 3e12, "link_bytes_per_s": 4.5e10},
-  "shares": {"generation": 0.5, "teacher": 0.5, "learner": 0.4, "sync": 0.25},
+  "shares": {"generation": 0.5, "learner": 0.4},
   "fixed": {"token_s": 0.004, "grading_s": 0.01}
 }
 ```

@@ -37,13 +37,13 @@ class Expected(Section):
     context_tokens: float = Field(0.0, ge=0)
     """By how much the teacher's prompt is longer than the student's."""
     routed_rollouts_frac: float = Field(1.0, ge=0, le=1)
-    """Rollouts with a routed token, at steps with routes (route/rollouts_frac)."""
+    """Share of rollouts with a routed token, at steps with routes (route/rollouts_frac)."""
     routed_tokens_frac: float = Field(0.0, ge=0, le=1)
-    """Routed tokens of all response tokens (route/token_frac); 0: as many as the caps let through."""
+    """Share of all response tokens that is routed (route/token_frac); 0: as many as the caps let through."""
     routed_reach_frac: float = Field(1.0, gt=0, le=1)
     """Where in a response its last routed token is; the teacher reads no further."""
     annotation_s: float = Field(0.0, ge=0)
-    """What the annotator's model takes for one reply."""
+    """What the annotator's model takes for one reply, in seconds."""
 
 
 @dataclass(frozen=True)
