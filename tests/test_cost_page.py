@@ -6,26 +6,25 @@ from collections.abc import Iterator
 
 import pytest
 
-from trace_rl.launch import cost_on_paper as paper
-from trace_rl.launch import cost_page
-from trace_rl.launch.cost_curves import Panel, figure
-from trace_rl.launch.cost_on_paper import Case
+from trace_rl.launch.cost_page import on_paper, page
+from trace_rl.launch.cost_page.curves import Panel, figure
+from trace_rl.launch.cost_page.on_paper import Case
 from trace_rl.launch.plan import stages
 
 
 @pytest.fixture(scope="module")
 def large() -> Iterator[Case]:
-    with paper.models() as folders:
-        yield paper.many_nodes(folders)
+    with on_paper.models() as folders:
+        yield on_paper.many_nodes(folders)
 
 
 def test_the_page_and_its_curves_are_current() -> None:
-    assert cost_page.PAGE.read_text(encoding="utf-8") == cost_page.page(), "run `make docs` and commit docs/cost.md"
-    assert cost_page.CURVES.read_text(encoding="utf-8") == cost_page.curves(), "run `make docs` and commit its image"
+    assert page.PAGE.read_text(encoding="utf-8") == page.page(), "run `make docs` and commit docs/cost.md"
+    assert page.CURVES.read_text(encoding="utf-8") == page.curves(), "run `make docs` and commit its image"
 
 
 def test_every_number_on_paper_follows_from_those_before_it(large: Case) -> None:
-    rows = paper.derivation(large)
+    rows = on_paper.derivation(large)
     for row in rows:
         assert re.fullmatch(r"[-+*/(). e\d]+", row.arithmetic), row.what
         found = eval(row.arithmetic)
@@ -44,12 +43,12 @@ def test_the_large_model_has_the_published_size_and_fits(large: Case) -> None:
 
 
 def test_one_teacher_is_what_the_large_model_waits_for(large: Case) -> None:
-    assert paper.step_of(large).bottleneck == stages.TEACHER
-    assert paper.step_of(large, has_routes=False).bottleneck == stages.GENERATION
+    assert on_paper.step_of(large).bottleneck == stages.TEACHER
+    assert on_paper.step_of(large, has_routes=False).bottleneck == stages.GENERATION
 
 
 def test_simulated_stragglers_took_about_as_long() -> None:
-    found = {name: worked_out / measured for name, measured, worked_out in cost_page.stragglers()}
+    found = {name: worked_out / measured for name, measured, worked_out in page.stragglers()}
     for name in ("synchronous", "one step off, finish", "one step off"):
         assert found[name] == pytest.approx(1, abs=0.1), name
     # from two steps on it is a lower bound
@@ -58,12 +57,10 @@ def test_simulated_stragglers_took_about_as_long() -> None:
 
 def test_the_bottleneck_moves_where_two_stages_cross(large: Case) -> None:
     plain = large.expecting(routed_rollouts_frac=0.0)
-    ranks = cost_page.Dimension(
-        "ranks", "", (16, 512), lambda case, value: case.changed({"learner.world_size": int(value)})
-    )
-    found = re.fullmatch(r"learner \(products\); from (\d+) on generation \(memory\)", cost_page.moves(ranks, plain))
+    ranks = page.Dimension("ranks", "", (16, 512), lambda case, value: case.changed({"learner.world_size": int(value)}))
+    found = re.fullmatch(r"learner \(products\); from (\d+) on generation \(memory\)", page.moves(ranks, plain))
     assert found
-    at, before = (paper.step_of(ranks.varied(plain, int(found[1]) - less)) for less in (0, 1))
+    at, before = (on_paper.step_of(ranks.varied(plain, int(found[1]) - less)) for less in (0, 1))
     # the learner halves with twice the ranks, generation does not change
     assert at.of("learner").seconds < at.of("generation").seconds <= before.of("learner").seconds
 

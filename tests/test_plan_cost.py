@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from trace_rl.config.learner import LearnerSettings
+from trace_rl.config.roles import Model
 from trace_rl.config.run import RunConfig
 from trace_rl.errors import ConfigError
 from trace_rl.launch.cli import app
@@ -27,12 +29,14 @@ from trace_rl.launch.plan.cost import (
     synchronous,
 )
 from trace_rl.launch.plan.hardware import GPUS, Fixed, Hardware, Roofs, Shares, measured, named
-from trace_rl.launch.plan.shapes import ModelShape
+from trace_rl.launch.plan.shapes import ModelShape, model_shape
 from trace_rl.launch.plan.stages import Given, Stage
 from trace_rl.launch.plan.time_text import bottleneck, rate, seconds, time_lines
 from trace_rl.launch.plan.workload import Lengths, Workload, busy_steps, expected, routed_tokens_at_most, workload
 from trace_rl.overlays import load_config
+from trace_rl.tasks.arithmetic import base_model_path
 from trace_rl.token_layout import Packed
+from trace_rl.workers.policy_model import load_policy, transformer_shape
 from trace_rl.workers.weight_wire import WeightManifest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,6 +108,14 @@ def given_of(work: Workload = WORK, hardware: Hardware = AT_ROOFS, **sections: A
 
 BUSY = list(range(40))
 """Steps with a weight above 0: 10 held, and 30 in which it falls to 0."""
+
+
+def test_work_is_counted_from_config_json_as_from_the_loaded_model() -> None:
+    model = Model(path=str(base_model_path()), dtype="float32")
+    policy = load_policy(model, torch.device("cpu"))
+    shape = model_shape(model, LearnerSettings(), torch.device("cpu"))
+    assert shape.transformer == transformer_shape(policy, shape.vocab)
+    assert not shape.is_mixture
 
 
 def test_writing_reads_weights_once_a_token_step_and_every_context() -> None:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trace_rl.config.base import Section
-from trace_rl.launch import cost_on_paper as paper
-from trace_rl.launch.cost_curves import Panel, figure
-from trace_rl.launch.cost_on_paper import Case
+from trace_rl.launch.cost_page import on_paper, prose
+from trace_rl.launch.cost_page.curves import Panel, figure
+from trace_rl.launch.cost_page.on_paper import Case
 from trace_rl.launch.plan import stages
 from trace_rl.launch.plan.cost import LONGEST, StepCost, finished_first, running_ahead, synchronous
 from trace_rl.launch.plan.hardware import GPUS, Fixed, Roofs, Shares
@@ -26,7 +26,7 @@ from trace_rl.launch.plan.text import size
 from trace_rl.launch.plan.time_text import rate, seconds
 from trace_rl.launch.plan.workload import Expected
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGE, CURVES = ROOT / "docs/cost.md", ROOT / "docs/images/cost-curves.svg"
 STRAGGLERS = ROOT / "benchmarks/results/straggler_trace.json"
 AHEAD = 2
@@ -82,12 +82,12 @@ DIMENSIONS = (
 
 def page() -> str:
     """The whole page; ends with a newline."""
-    with paper.models() as shapes:
-        node, large = paper.one_node(shapes), paper.many_nodes(shapes)
+    with on_paper.models() as shapes:
+        node, large = on_paper.one_node(shapes), on_paper.many_nodes(shapes)
         parts = [
-            _INTRODUCTION,
+            prose.INTRODUCTION,
             _fields({"": Expected}),
-            _FILE,
+            prose.FILE,
             _fields({"roofs.": Roofs, "shares.": Shares, "fixed.": Fixed}),
             _assumptions(),
             _formulas(),
@@ -97,14 +97,14 @@ def page() -> str:
             "![Seconds of each stage over six dimensions](images/cost-curves.svg)",
             *(f"### {each.title}\n\n{_dimension_table(node, each)}" for each in DIMENSIONS),
             "## Where the bottleneck moves",
-            _BOTTLENECKS,
+            prose.BOTTLENECKS,
             _bottleneck_table(node),
             "## On paper: 70 G parameters on 64 nodes",
             _wrapped(_large_words(large)),
-            _table(("what", "arithmetic", "value"), (_derived_cells(row) for row in paper.derivation(large))),
+            _table(("what", "arithmetic", "value"), (_derived_cells(row) for row in on_paper.derivation(large))),
             _wrapped(_large_verdict(large)),
             "## Against what was measured",
-            _MEASURED,
+            prose.MEASURED,
             _table(
                 ("scheduling", "measured, s a step", "worked out, s", "difference"),
                 (
@@ -112,18 +112,18 @@ def page() -> str:
                     for name, measured, found in stragglers()
                 ),
             ),
-            _LEFT_OUT,
+            prose.LEFT_OUT,
         ]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
 def curves() -> str:
     """The figure."""
-    with paper.models() as shapes:
-        node = paper.one_node(shapes)
+    with on_paper.models() as shapes:
+        node = on_paper.one_node(shapes)
         panels = []
         for each in DIMENSIONS:
-            steps = [paper.step_of(each.varied(node, value)) for value in each.values]
+            steps = [on_paper.step_of(each.varied(node, value)) for value in each.values]
             lines: dict[str, list[float]] = {name: [step.of(name).seconds for step in steps] for name in _SHOWN}
             lines["a step"] = [step.seconds for step in steps]
             panels.append(Panel(each.title.split(",")[0], each.values, lines))
@@ -210,7 +210,7 @@ def _formulas() -> str:
         ("driver", "", "rollouts"),
     ]
     return "\n\n".join(
-        [_FORMULAS.strip(), _table(("stage", "seconds at the roofs", "rounds"), rows), _WHO_WAITS.strip()]
+        [prose.FORMULAS.strip(), _table(("stage", "seconds at the roofs", "rounds"), rows), prose.WHO_WAITS.strip()]
     )
 
 
@@ -227,7 +227,7 @@ def _node_words(node: Case) -> str:
 
 
 def _step_table(case: Case) -> str:
-    step = paper.step_of(case)
+    step = on_paper.step_of(case)
     rows: list[tuple[str, ...]] = [
         (
             stage.name,
@@ -251,7 +251,7 @@ def _dimension_table(node: Case, dimension: Dimension) -> str:
 
 
 def _dimension_cells(case: Case, value: float) -> tuple[str, ...]:
-    step, ahead = paper.step_of(case), paper.step_of(_ahead(case))
+    step, ahead = on_paper.step_of(case), on_paper.step_of(_ahead(case))
     return (
         f"{value:,g}",
         *(seconds(step.of(name).seconds) for name in _SHOWN[:4]),
@@ -280,7 +280,7 @@ def moves(dimension: Dimension, case: Case) -> str:
     """The bottleneck along a dimension, and the values from which it is another one."""
 
     def at(value: float) -> str:
-        return _told(paper.step_of(dimension.varied(case, value)))
+        return _told(on_paper.step_of(dimension.varied(case, value)))
 
     told = [at(dimension.values[0])]
     for low, high in zip(dimension.values, dimension.values[1:], strict=False):
@@ -315,7 +315,7 @@ def _large_words(large: Case) -> str:
     )
 
 
-def _derived_cells(row: paper.Derived) -> tuple[str, str, str]:
+def _derived_cells(row: on_paper.Derived) -> tuple[str, str, str]:
     return row.what, f"`{row.arithmetic}`", f"{_plain(row.value)} {row.unit}".strip()
 
 
@@ -325,9 +325,9 @@ def _plain(value: float) -> str:
 
 
 def _large_verdict(large: Case) -> str:
-    step, ahead = paper.step_of(large), paper.step_of(_ahead(large))
-    plain = paper.step_of(large, has_routes=False)
-    plain_ahead = paper.step_of(_ahead(large), has_routes=False)
+    step, ahead = on_paper.step_of(large), on_paper.step_of(_ahead(large))
+    plain = on_paper.step_of(large, has_routes=False)
+    plain_ahead = on_paper.step_of(_ahead(large), has_routes=False)
     spread = step.of(stages.TEACHER).seconds / large.config.learner.world_size
     needed = step.of(stages.TEACHER).seconds / (plain.seconds * 0.1)
     return (
@@ -352,71 +352,6 @@ def _wrapped(words: str) -> str:
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-_INTRODUCTION = """
-<!-- Written by `make docs` from launch/cost_page.py; do not edit. -->
-# What a step costs
-
-`trace-rl plan` works out how long a step takes, stage by stage, and which stage is the bottleneck. It needs to know
-what the hardware gives:
-
-```sh
-trace-rl plan run.yaml --roofs bench_node.json     # measured on the spot: `make bench` writes it
-trace-rl plan run.yaml --gpu H100                  # a GPU by its data sheet; --gpu-memory-gib if it is another size
-trace-rl plan run.yaml --gpu H100 --expect response_tokens=900 --expect routed_rollouts_frac=0.5
-trace-rl plan run.yaml learner.world_size=16 --gpu H100      # what if: any setting can be given another value
-```
-
-Without `--roofs` and `--gpu` it shows no times. A configuration says only how long responses may be; `--expect` says
-what is expected of them, and the metrics of a run what they were:
-"""
-_FILE = """
-The file of roofs is JSON; the first three numbers are needed, and keys beside these three are left alone:
-
-```json
-{
-  "roofs": {"matmul_flops": 7e14, "copy_bytes_per_s": 3e12, "link_bytes_per_s": 4.5e10},
-  "shares": {"generation": 0.5, "learner": 0.4},
-  "fixed": {"token_s": 0.004, "grading_s": 0.01}
-}
-```
-"""
-_FORMULAS = """
-## How it is worked out
-
-Every stage is worked out in the same way, `seconds = seconds at the roofs / share of them that is reached + rounds x
-seconds of a round`. The formulas of operations and bytes stand at each stage in `launch/plan/stages.py`, and
-`tests/test_plan_cost.py` has each of them by hand.
-"""
-_WHO_WAITS = """
-Operations are those of the stage's own work, recomputation included: with gradient checkpointing a learner's share of
-40 % is an MFU of about 30 %. A synchronous step is max(generation, grading, annotation) + teacher + learner + sync +
-driver. With `scheduling.max_staleness` above 0 it is the largest of generation without its tail, of all the rest, and
-of the longest response divided by `max_staleness`.
-"""
-_BOTTLENECKS = """
-The stage that a step waits for longest, along each dimension with the others as above. In a synchronous step that is
-the longest stage; where sampling runs ahead, what limits the rate. Many short responses are 256 prompts, and responses
-of at most 1,024 tokens.
-"""
-_MEASURED = """
-Simulated stragglers (`benchmarks/results/straggler_trace.md`): the real loop and scheduling over engines and a learner
-that sleep. The stages are those of the synchronous run; what is put to the test is who waits for whom. From two
-versions on the model is too fast by a third: it leaves out that bursts of long responses hold up single steps, and that
-a run of 10 steps fills its engines first and runs dry at its end.
-
-`python benchmarks/cost_model.py` measures the demo over a grid of prompts, samples, response lengths and routed shares,
-fits shares and fixed times, and tells how far each point is off that was left out.
-"""
-_LEFT_OUT = """
-## What is left out
-
-Evaluations and checkpoints; the optimizer's own arithmetic (about 30 bytes a weight and rank, milliseconds);
-all-reduces of tensor parallelism and all-to-alls of shared sequences; moving states to CPU memory (`learner.offload`,
-colocated placement) and waking engines; dynamic sampling, surplus prompts, self-annotation on the policy's engines;
-sequences without a gradient, which the learner only reads; padding. Mixtures of experts are not worked out.
-"""
 
 
 def main() -> None:
