@@ -18,26 +18,22 @@ import json
 import statistics
 import subprocess
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
+from counted import DUMP, at_the_roofs
 from launched_run import DEMO, launched
 from report import describe_machine, one_line, publish
+from roofs import measure
 from scipy.optimize import nnls
 
 from trace_rl.launch.plan import stages
-from trace_rl.launch.plan.cost import step_cost
 from trace_rl.launch.plan.hardware import Fixed, Hardware, Roofs, Shares, measured
-from trace_rl.launch.plan.run_plan import plan_run
-from trace_rl.launch.plan.workload import Expected, Lengths, Workload, busy_steps
-from trace_rl.launch.preflight import check
-from trace_rl.launch.prompt_sources import peek
 from trace_rl.overlays import load_config
 from trace_rl.workers import environment
 
@@ -84,7 +80,7 @@ class Point:
             "learner.optimizer.learning_rate=1e-9",  # lengths stay what they are
             f"run.steps={steps}",
             "evaluation.every=0",
-            "logging={diagnostics_every: 0, token_figures: known, rollouts_every: 1, rollouts_per_step: 1000000}",
+            DUMP,
         ]
 
 
@@ -156,25 +152,6 @@ def hardware_of(fits: Mapping[str, Fit], roofs: Roofs) -> Hardware:
     )
 
 
-def roofs_here(size: int = 1024, copy_mib: int = 256) -> Roofs:
-    """Of one core: a float32 product and a copy, the best of five; the link is a copy through memory."""
-    left = torch.randn(size, size)
-    source = torch.ones(copy_mib * 2**18)
-    target = torch.empty_like(source)
-    product_s = min(_timed(lambda: left @ left) for _ in range(5))
-    copy_s = min(_timed(lambda: target.copy_(source)) for _ in range(5))
-    nbytes = 4 * source.numel()
-    return Roofs(
-        matmul_flops=2 * size**3 / product_s, copy_bytes_per_s=2 * nbytes / copy_s, link_bytes_per_s=nbytes / copy_s
-    )
-
-
-def _timed(work: Any) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
 def run(point: Point, steps: int, folder: Path) -> Path:
     """Train; returns the folder of the run.
 
@@ -192,43 +169,11 @@ def run(point: Point, steps: int, folder: Path) -> Path:
     return folder
 
 
-def workload_of(point: Point, prompt_tokens: float, dumps: Sequence[Sequence[Mapping[str, Any]]]) -> Workload:
-    """What some steps held, from their dumped rollouts."""
-    lengths = [[len(rollout["token_ids"]) for rollout in step] for step in dumps]
-    taken = [
-        (len(rollout["token_ids"]), [position for route in rollout["routes"] for position in route["positions"]])
-        for step in dumps
-        for rollout in step
-    ]
-    routed = [(length, positions) for length, positions in taken if positions]
-    longest = statistics.mean(map(max, lengths))
-    return Workload(
-        prompts=point.prompts,
-        samples=point.samples,
-        prompt_tokens=prompt_tokens,
-        responses=replace(Lengths.of([length for step in lengths for length in step]), longest=longest),
-        context_tokens=0.0,
-        routed_rollouts_frac=len(routed) / len(taken),
-        routed_tokens_frac=sum(len(positions) for _, positions in routed) / sum(length for length, _ in taken),
-        routed_reach_frac=statistics.mean((max(p) + 1) / n for n, p in routed) if routed else 1.0,
-        annotation_s=0.0,
-        is_at_full_length=False,
-    )
-
-
 def count(point: Point, steps: int, folder: Path, roofs: Roofs) -> Counted:
     """What the model counts of a run that was made, and what it took."""
-    config = load_config([DEMO], point.settings(steps))
-    ready = check(config)
-    prompts = peek(ready.prompts, 64)
-    prompt_tokens = statistics.mean(len(ready.encoder.student_ids(prompt)) for prompt in prompts)
-    files = sorted((folder / "rollouts").glob("step-*.jsonl"))[WARM_UP_STEPS:]
-    dumps = [[json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in files]
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines][WARM_UP_STEPS:]
-    at_roofs = Hardware(roofs=roofs, shares=Shares(generation=1, teacher=1, learner=1, sync=1))
-    given = plan_run(ready.config, ready.prompts, None).given(Expected(), at_roofs)
-    step = step_cost(replace(given, work=workload_of(point, prompt_tokens, dumps)), busy_steps(config))
+    step = at_the_roofs(load_config([DEMO], point.settings(steps)), folder, records, WARM_UP_STEPS, roofs)
     return Counted(
         point,
         roof_s={name: step.of(name).roof_s for name in TIMES},
@@ -304,7 +249,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Folder for the reports.")] = None,
 ) -> None:
     """Run the grid, fit, print, and write where --out says."""
-    found = measured(roofs).roofs if roofs else roofs_here()
+    found = measured(roofs).roofs if roofs else measure("cpu", "float32")[0]
     points = []
     with tempfile.TemporaryDirectory(prefix="cost-model-") as folder:
         for number, point in enumerate(GRID):

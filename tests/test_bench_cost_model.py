@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from trace_rl.launch.plan.hardware import Roofs, measured
 from trace_rl.overlays import load_config
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 cost_model = pytest.importorskip("cost_model")
+counted_run = pytest.importorskip("counted")
+roofs = pytest.importorskip("roofs")
 
 STAGES = ("generation", "teacher", "learner", "sync")
 
@@ -56,11 +59,15 @@ def test_what_a_step_held_is_read_from_its_rollouts() -> None:
         return {"token_ids": [0] * length, "routes": [{"positions": list(positions)}] if positions else []}
 
     steps = [[rollout(10, 1, 4), rollout(20)], [rollout(30, 29), rollout(20)]]
-    work = cost_model.workload_of(cost_model.Point(1, 2, 64, 0.25), 40.0, steps)
+    config = load_config([cost_model.DEMO], cost_model.Point(1, 2, 64, 0.25).settings(4))
+    work = counted_run.workload_of(config, 40.0, steps, teacher_tokens=70.0)
     # longest of the steps: 20 and 30
     assert (work.responses.mean, work.responses.longest, work.num_rollouts) == (20, 25, 2)
     # half of the rollouts, 3 of 80 tokens, up to 5 of 10 and 30 of 30
     assert (work.routed_rollouts_frac, work.routed_tokens_frac, work.routed_reach_frac) == (0.5, 3 / 80, 0.75)
+    # one request a step: 70 tokens less the prompt and (5 + 30) / 2 of the response
+    assert work.context_tokens == 12.5
+    assert counted_run.workload_of(config, 40.0, steps).context_tokens == 0
 
 
 def test_a_run_is_counted_without_its_warm_up(tmp_path: Path) -> None:
@@ -73,8 +80,8 @@ def test_a_run_is_counted_without_its_warm_up(tmp_path: Path) -> None:
         for step, learner_s in enumerate((9, 9, 1, 3)):
             times = {"time/rollout_s": 0.5, "time/teacher_s": 0.1, "time/learner_s": learner_s, "time/sync_s": 0.2}
             file.write(json.dumps({"step": step, **times}) + "\n")
-    roofs = Roofs(matmul_flops=1e11, copy_bytes_per_s=1e10, link_bytes_per_s=5e9)
-    found = cost_model.count(cost_model.Point(4, 4, 32, 0.25), 4, tmp_path, roofs)
+    given = Roofs(matmul_flops=1e11, copy_bytes_per_s=1e10, link_bytes_per_s=5e9)
+    found = cost_model.count(cost_model.Point(4, 4, 32, 0.25), 4, tmp_path, given)
     assert found.seconds == {"generation": 0.5, "teacher": 0.1, "learner": 2, "sync": 0.2}
     # 16 sequences at once, 30 token steps; two ranks have 8 of them in one micro-batch of 2,048 tokens
     assert found.rounds == {"generation": 30, "teacher": 1, "learner": 1, "sync": 1}
@@ -103,20 +110,18 @@ def test_the_grid_varies_each_size_with_the_others_held() -> None:
 
 
 def test_a_fit_is_written_as_roofs_that_a_plan_reads(tmp_path: Path) -> None:
-    roofs = Roofs(matmul_flops=1e11, copy_bytes_per_s=1e10, link_bytes_per_s=5e9)
+    given = Roofs(matmul_flops=1e11, copy_bytes_per_s=1e10, link_bytes_per_s=5e9)
     fits = cost_model.fit([counted(size) for size in (1, 2, 4)])
     file = tmp_path / "cost_model_roofs.json"
-    file.write_text(cost_model.hardware_of(fits, roofs).model_dump_json())
+    file.write_text(cost_model.hardware_of(fits, given).model_dump_json())
     found = measured(file)
-    assert found.roofs == roofs
+    assert found.roofs == given
     assert (found.shares.learner, found.fixed.learner_pass_s) == (pytest.approx(0.5), pytest.approx(0.01))
 
 
 def test_roofs_are_measured_and_of_this_world() -> None:
-    roofs = cost_model.roofs_here(size=256, copy_mib=8)
-    assert 1e8 < roofs.matmul_flops < 1e13
-    assert roofs.copy_bytes_per_s == pytest.approx(2 * roofs.link_bytes_per_s)
-    assert 1e8 < roofs.link_bytes_per_s < 1e12
+    assert 1e8 < roofs.matmul_flops("cpu", torch.float32, size=256) < 1e13
+    assert 1e8 < roofs.copy_bytes_per_s("cpu") < 1e12
 
 
 def test_the_report_tells_every_point_and_stage() -> None:
