@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.utils import is_flash_attn_2_available
 
 from trace_rl.workers.policy_model import is_flash
 
@@ -62,14 +63,19 @@ def cases(context: Context) -> list[Case]:
 
 
 def let_pack(policy: PreTrainedModel) -> None:
-    """Give a loaded model an attention that computes each of several sequences in a row on its own, where there is one.
+    """Give a model an attention that computes each of several sequences in a row on its own, where there is one."""
+    if policy.device.type != "cuda" or policy.dtype != torch.bfloat16 or is_flash(policy):
+        return
+    if is_flash_attn_2_available():
+        policy.set_attn_implementation("flash_attention_2")
+    elif not _why_no_torch_varlen():
+        use_torch_varlen(policy)
 
-    flash-attn has been chosen already where it can be used.
-    """
-    is_half = policy.dtype == torch.bfloat16
-    if policy.device.type == "cuda" and is_half and not is_flash(policy) and not _why_no_torch_varlen():
-        AttentionInterface.register(TORCH_VARLEN, _of_model)
-        policy.config._attn_implementation = TORCH_VARLEN  # the setter of transformers looks for flash-attn
+
+def use_torch_varlen(policy: PreTrainedModel) -> None:
+    """Let a model's layers call `torch_varlen`, on packed rows."""
+    AttentionInterface.register(TORCH_VARLEN, _of_model)
+    policy.config._attn_implementation = TORCH_VARLEN  # the setter of transformers looks for flash-attn
 
 
 def torch_varlen(

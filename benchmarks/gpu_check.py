@@ -50,6 +50,8 @@ from report import describe_machine, git_state
 
 SECTIONS = ("roofs", "correctness", "attention", "weight_copy", "teacher", "learner", "head_loss")
 """In the order in which they run: what tells most in the least time comes first."""
+START_S = 300.0
+"""For a section to import what it needs."""
 PACKAGES = ("torch", "triton", "transformers", "flash-attn", "deepspeed", "vllm", "ray", "trl", "liger-kernel", "verl")
 
 
@@ -101,15 +103,13 @@ def in_own_process(section: str, context: Context, case_limit_s: float, tell: Te
     running = ""
     try:
         while True:
-            if not events.poll(case_limit_s):
-                suspect = running or "its start"
-                tell(_failed(suspect, f"no end within --case-limit-s = {case_limit_s:g} s; its process was killed"))
+            limit_s = case_limit_s if running else START_S
+            if not events.poll(limit_s):
+                tell(_failed(running or gpu_cases.WHOLE, f"nothing happened for {limit_s:g} s; its process was killed"))
                 return
             event = events.recv()
-            if event["status"] == "running":
-                running = event["case"]
-            else:
-                running = ""
+            running = event["case"] if event["status"] == "running" else running
+            if event["status"] != "running":
                 tell(event)
     except EOFError:
         process.join(case_limit_s)
@@ -121,7 +121,9 @@ def in_own_process(section: str, context: Context, case_limit_s: float, tell: Te
 
 
 def _section_process(section: str, context: Context, events: Connection) -> None:
-    if not context.is_gpu:
+    if context.is_gpu:
+        torch.cuda.init()
+    else:
         torch.set_num_threads(1)
     gpu_cases.run_section(section, context, events.send)
     events.close()

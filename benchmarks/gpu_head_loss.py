@@ -41,7 +41,7 @@ def _sizes(context: Context) -> list[Preset]:
     heads = {preset.shape.hidden: preset for preset in PRESETS.values() if preset.device == "cuda"}
     tokens = TOKENS if context.scale == "full" else TOKENS[:1]
     return [
-        replace(preset, shape=replace(preset.shape, tokens=count, sequence=1024))
+        replace(preset, shape=replace(preset.shape, tokens=count, sequence=256))
         for count in tokens
         for preset in heads.values()
     ]

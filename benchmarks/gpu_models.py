@@ -27,6 +27,11 @@ MODELS = {"Qwen3 0.6B": "gpu-0.6b", "Qwen3 1.7B": "gpu-1.7b"}
 """Presets of `learner_step` whose shapes are taken."""
 
 
+def models_of(context: Context) -> list[str]:
+    """From small to large."""
+    return list(MODELS)[:1] if context.scale == "quick" else list(MODELS)
+
+
 def preset_of(context: Context, model: str) -> Preset:
     """Sequences of 256 + 3,840 tokens on average in two groups of 8, so that they fill micro-batches of 16,384."""
     preset = replace(learner_step.PRESETS[MODELS[model]], num_prompts=2, response_tokens=3840)

@@ -32,7 +32,7 @@ KINDS = ("pinned", "pageable")
 
 def cases(context: Context) -> list[Case]:
     return [
-        Case("copy", lambda: [{"copy_bytes_per_s": roofs.copy_bytes_per_s(context.device)}]),
+        Case("copy", lambda: [{"bytes_per_s": roofs.copy_bytes_per_s(context.device)}]),
         *(Case(f"matmul {name}", partial(_matmul, context, name)) for name in PRECISIONS),
         *(Case(f"{way}, {kind}", partial(_host, context, way, kind)) for way in WAYS for kind in KINDS),
     ]
@@ -58,11 +58,11 @@ def _matmul(context: Context, name: str) -> list[Row]:
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = is_tf32
     try:
-        row: dict[str, float] = {"matmul_flops": matmul_roof(context, dtype)}
+        row: dict[str, float] = {"flops_per_s": matmul_roof(context, dtype)}
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
     if name == "bfloat16" and (told := datasheet_flops(context)):
-        row |= {"datasheet_flops": told, "of_datasheet_frac": row["matmul_flops"] / told}
+        row |= {"datasheet_flops_per_s": told, "of_datasheet_frac": row["flops_per_s"] / told}
     return [row]
 
 

@@ -42,7 +42,7 @@ class Wanted:
 
 
 def cases(context: Context) -> list[Case]:
-    return [Case(name, partial(_passes, context, name)) for name in gpu_models.MODELS]
+    return [Case(name, partial(_passes, context, name)) for name in gpu_models.models_of(context)]
 
 
 @torch.no_grad()
@@ -61,7 +61,10 @@ def _passes(context: Context, name: str) -> list[Row]:
         row |= {"tokens": sum(each.length for each in requests), "rows": sum(len(each.positions) for each in requests)}
         rows.append(row | {"seconds": seconds, "flops": flops, "of_matmul_roof_frac": flops / seconds / roof})
     whole = rows[0]
-    return [row | {f"{key}_ratio": float(row[key]) / float(whole[key]) for key in ("seconds", "flops")} for row in rows]
+    return [
+        row | {f"of_all_{key}_frac": float(row[key]) / float(whole[key]) for key in ("flops", "seconds")}
+        for row in rows
+    ]
 
 
 def _requests(
