@@ -108,8 +108,8 @@ def in_own_process(section: str, context: Context, case_limit_s: float, tell: Te
                 tell(_failed(running or gpu_cases.WHOLE, f"nothing happened for {limit_s:g} s; its process was killed"))
                 return
             event = events.recv()
-            running = event["case"] if event["status"] == "running" else running
-            if event["status"] != "running":
+            running = event["case"] if event["status"] == "running" else ""
+            if not running:
                 tell(event)
     except EOFError:
         process.join(case_limit_s)
