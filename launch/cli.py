@@ -67,13 +67,23 @@ def plan(
     gpu_memory_gib: Annotated[
         float, typer.Option(min=0, help="Memory of a GPU; 0: that of this machine or, with --check, of the cluster.")
     ] = 0,
+    gpu: Annotated[
+        str, typer.Option(metavar="NAME", help="Work out times for this GPU by its data sheet: H100, H200, A100-80G.")
+    ] = "",
+    roofs: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Work out times from measured roofs, as `make bench` writes.")
+    ] = None,
+    expect: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="What a step will hold, such as response_tokens=900; see docs/cost.md."),
+    ] = None,
 ) -> None:
     """Print what a run will do and take, and start nothing: trace-rl plan run.yaml --check"""
     with explained():
         config = _load(arguments)
-        from trace_rl.launch.plan.command import show
+        from trace_rl.launch.plan.command import Asked, show
 
-        raise typer.Exit(show(config, check, gpu_memory_gib, Console()))
+        raise typer.Exit(show(config, Asked(check, gpu_memory_gib, gpu, roofs, tuple(expect or ())), Console()))
 
 
 @app.command()

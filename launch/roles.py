@@ -103,7 +103,7 @@ def start_roles(ready: Ready, folder: RunFolder, journal: RunJournal, ledger: Pr
         teacher=teacher,
         teacher_shapes=teacher_shapes,
         learner=learner,
-        policy_shape=shape.work,
+        policy_shape=shape.transformer,
         weight_sync=weight_sync,
         utilisation=_Figures(IdleShares(idle), watch),
         journal=journal,

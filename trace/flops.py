@@ -23,7 +23,7 @@ class TransformerShape:
     vocab: int
     """Rows of the output head."""
 
-    def forward_flops(self, length: int, num_head_rows: int) -> int:
+    def forward_flops(self, length: float, num_head_rows: float) -> float:
         """Operations of one sequence through the layers, and of some of its states through the output head.
 
         F = 2 P T + 2 L W T^2 + 2 d V R for T tokens, R rows, P parameters of L layers, attention width W, state size d

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -51,7 +52,7 @@ class WeightManifest:
             tuple(str(dtype).removeprefix("torch.") for _, _, dtype in listed),
         )
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of all weights together."""
         return sum(_nbytes(shape, dtype) for shape, dtype in zip(self.shapes, self.dtypes, strict=True))

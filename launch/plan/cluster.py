@@ -55,6 +55,11 @@ def at_hand(config: RunConfig) -> AtHand:
         return AtHand(found, free_nodes(), gpu_memory(found))
 
 
+def card_memory(name: str) -> int | None:
+    """Bytes of a card by its name; None where it is not known."""
+    return _CARD_MIB.get(name, 0) * _MIB or None
+
+
 def known_gpu_memory(config: RunConfig) -> int | None:
     """Bytes of the GPUs that a run will have, as far as this machine tells without joining a cluster."""
     return min(local_gpus(), default=None) if config.placement.ray_address == "local" else None

@@ -27,6 +27,7 @@ from trace_rl.launch.annotator_checks import self_annotation_tokens
 from trace_rl.launch.model_files import resolve_model
 from trace_rl.launch.placement import Node, PlacementPlan, missing, plan_placement
 from trace_rl.launch.plan.batch import BatchPlan, SyncPlan, annotation_at_most, plan_batch, plan_sync
+from trace_rl.launch.plan.hardware import Hardware
 from trace_rl.launch.plan.memory import (
     ENGINE,
     CacheMemory,
@@ -37,7 +38,9 @@ from trace_rl.launch.plan.memory import (
     teacher_memory,
 )
 from trace_rl.launch.plan.shapes import ModelShape, model_shape
+from trace_rl.launch.plan.stages import Given
 from trace_rl.launch.plan.warnings import Facts, warnings_of
+from trace_rl.launch.plan.workload import Expected, workload
 from trace_rl.launch.prompt_sources import open_source
 from trace_rl.protocols import PromptSource
 from trace_rl.workers.learner import learner_spec
@@ -50,6 +53,8 @@ class RunPlan:
     config: RunConfig
     """With model.path resolved."""
     shape: ModelShape
+    teacher_shape: ModelShape
+    """Of the models that the teacher runs; the policy's where there is none."""
     batch: BatchPlan
     placement: PlacementPlan
     sync: SyncPlan
@@ -59,6 +64,18 @@ class RunPlan:
     warnings: tuple[str, ...]
     refusals: tuple[str, ...]
     """Why `train` would not start."""
+
+    def given(self, expected: Expected, hardware: Hardware) -> Given:
+        """What the cost of its steps is worked out from."""
+        return Given(
+            config=self.config,
+            shape=self.shape,
+            teacher=self.teacher_shape,
+            sync=self.sync,
+            cache_bytes=self.forecast.caches[ENGINE].pool,
+            work=workload(self.config, expected),
+            hardware=hardware,
+        )
 
 
 def plan_checked(config: RunConfig, gpu_bytes: int | None) -> RunPlan:
@@ -105,12 +122,15 @@ def plan_run(
     rows = getattr(prompts, "train_prompts", None)
     batch = plan_batch(config, shape.layout, len(rows) if rows is not None else None)
     placement, sync = plan_placement(config), plan_sync(config, shape)
-    forecast = _forecast(config, shape, sync, placement, gpu_bytes)
+    has_teacher = config.needs_teacher or config.sampling.source == "teacher"
+    teacher = _teacher_shape(config, shape) if has_teacher else shape
+    forecast = forecast_of(config, shape, teacher, sync, placement, gpu_bytes)
     model = config.annotator.backend.model if config.needs_annotator else None
     facts = Facts(config, batch, placement, shape, sync, forecast)
     return RunPlan(
         config=config,
         shape=shape,
+        teacher_shape=teacher,
         batch=batch,
         placement=placement,
         sync=sync,
@@ -193,9 +213,15 @@ def _too_much_together(plan: RunPlan, gpu: int) -> Iterator[str]:
             )
 
 
-def _forecast(
-    config: RunConfig, shape: ModelShape, sync: SyncPlan, placement: PlacementPlan, gpu_bytes: int | None
+def forecast_of(
+    config: RunConfig,
+    shape: ModelShape,
+    teacher: ModelShape,
+    sync: SyncPlan,
+    placement: PlacementPlan,
+    gpu_bytes: int | None,
 ) -> Forecast:
+    """The memory of all roles that hold a model."""
     engines = tuple(seats.engine_role(index) for index in range(config.generator.num_engines))
     ranks = tuple(seats.rank_role(rank) for rank in range(config.learner.world_size))
     longest = max(config.max_sequence_tokens, self_annotation_tokens(config))
@@ -203,8 +229,6 @@ def _forecast(
     memory, cache = engine_memory(ENGINE, engines, shape, config.generator, longest, has_gpu, gpu_bytes)
     learner = learner_memory(config, shape, ranks, sync, placement.uses_gpu(ranks[0]))
     roles, caches = [memory, learner], {ENGINE: cache}
-    if config.needs_teacher or config.sampling.source == "teacher":
-        teacher = _teacher_shape(config, shape)
     if config.needs_teacher:
         roles.append(teacher_memory(config, teacher, (seats.TEACHER,)))
     if config.sampling.source == "teacher":

@@ -45,8 +45,10 @@ class ModelShape:
     """Whether the learner's attention is flash attention, as far as this machine can tell."""
     layout: Layout
     """How the learner lays out sequences for it."""
-    work: TransformerShape
-    """By which the work of a pass is counted."""
+    transformer: TransformerShape
+    """By which the work of a pass is counted; of a mixture that of all experts."""
+    is_mixture: bool
+    """Whether a token passes some of many experts, so that its work does not follow from the number of weights."""
 
     @property
     def num_parameters(self) -> int:
@@ -85,7 +87,7 @@ def model_shape(
     dtype = getattr(torch, model.dtype)
     weights = WeightManifest.of((name, tuple(each.shape), dtype) for name, each in policy.named_parameters())
     policy.config._attn_implementation = attention_of(model, device)
-    work = transformer_shape(policy, text.vocab_size)  # before adapters are added
+    transformer = transformer_shape(policy, text.vocab_size)  # before adapters are added
     layout, is_flash = layout_of(policy, settings), policy.config._attn_implementation.startswith("flash_attention")
     return ModelShape(
         weights=weights,
@@ -100,7 +102,8 @@ def model_shape(
         bytes_per_value=dtype.itemsize,
         is_flash=is_flash,
         layout=layout,
-        work=work,
+        transformer=transformer,
+        is_mixture=bool(getattr(text, "num_experts_per_tok", None)),
     )
 
 

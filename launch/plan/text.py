@@ -44,8 +44,12 @@ def short_text(plan: RunPlan) -> str:
     return "\n".join(lines)
 
 
-def full_text(plan: RunPlan) -> str:
-    """All of a plan; ends with a newline."""
+def full_text(plan: RunPlan, time: Sequence[str] = ()) -> str:
+    """All of a plan; ends with a newline.
+
+    Args:
+        time: lines on how long a step takes (`trace_rl.launch.plan.time_text`), where that was asked for.
+    """
     config = plan.config
     sections = [
         ("Batches, at full length", _batch_lines(config, plan.batch)),
@@ -55,6 +59,8 @@ def full_text(plan: RunPlan) -> str:
         ("Scheduling", _scheduling_lines(config)),
         ("Annotation", _annotation_lines(plan)),
     ]
+    if time:
+        sections.append(("Time of a step", list(time)))
     if plan.warnings:
         sections.append(("Worth knowing", [f"- {warning}" for warning in plan.warnings]))
     if plan.refusals:
