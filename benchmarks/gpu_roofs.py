@@ -11,20 +11,12 @@ import roofs
 import torch
 from gpu_cases import Case, Context, Row, need_gpu
 
+from trace_rl.launch.plan.hardware import GPUS
+
 PRECISIONS = {"bfloat16": (torch.bfloat16, False), "float32": (torch.float32, False), "tf32": (torch.float32, True)}
 """Dtype, and whether products of float32 may round their operands to tf32."""
-DATASHEET_FLOPS = {
-    "A100": 312e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989.4e12,
-    "H200": 989.4e12,
-    "B200": 2250e12,
-    "L40S": 362e12,
-    "RTX 4090": 165.2e12,
-}
-"""NVIDIA's data sheets: bfloat16 products without sparsity, accumulated in float32. The first name that is part of the
-device's own is taken."""
+OTHER_CARDS = ("PCIe", "NVL", "MIG")
+"""In the names of GPUs whose chips have other limits than the cards that the data sheets speak of."""
 HOST_BYTES = 2**30
 WAYS = ("host to GPU", "GPU to host")
 KINDS = ("pinned", "pageable")
@@ -45,10 +37,10 @@ def matmul_roof(context: Context, dtype: torch.dtype) -> float:
 
 def datasheet_flops(context: Context) -> float:
     """What the maker says of products in bfloat16; 0 where it is not known here."""
-    if not context.is_gpu:
-        return 0.0
-    name = torch.cuda.get_device_name(context.device)
-    return next((flops for part, flops in DATASHEET_FLOPS.items() if part in name), 0.0)
+    name = torch.cuda.get_device_name(context.device) if context.is_gpu else ""
+    is_other = any(part in name for part in OTHER_CARDS)
+    told = (roof.matmul_flops for gpu, roof in GPUS.items() if gpu.split("-")[0] in name)
+    return 0.0 if is_other else next(told, 0.0)
 
 
 def _matmul(context: Context, name: str) -> list[Row]:

@@ -21,6 +21,7 @@ import gpu_check  # noqa: E402
 import gpu_correctness  # noqa: E402
 import gpu_learner  # noqa: E402
 import gpu_report  # noqa: E402
+import gpu_roofs  # noqa: E402
 import typer  # noqa: E402
 from gpu_cases import Context  # noqa: E402
 
@@ -236,6 +237,14 @@ def test_the_goal_is_judged(mfu: float, verb: str) -> None:
 def test_dry_figures_are_marked() -> None:
     assert "its figures mean nothing" in gpu_report.to_markdown(record(scale="dry"))
     assert "dry" not in gpu_report.to_markdown(record())
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("NVIDIA H200", 989.4e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H100 PCIe", 0), ("T4", 0)]
+)
+def test_the_data_sheet_is_that_of_the_card(monkeypatch: pytest.MonkeyPatch, name: str, told: float) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert gpu_roofs.datasheet_flops(replace(context(), device=torch.device("cuda:0"))) == told
 
 
 def test_sections_are_chosen_by_name() -> None:
