@@ -196,7 +196,7 @@ def main(
         "git": code or git_state(),
         "scale": scale,
         "seed": seed,
-        "machine": describe_machine(PACKAGES) | gpu_facts(context),
+        "machine": describe_machine(PACKAGES) | {"has_gpu": context.is_gpu} | gpu_facts(context),
         "sections": {},
     }
     files = Files(out, "gpu_check_dry" if dry_run else "gpu_check")

@@ -178,6 +178,7 @@ def test_a_section_that_is_broken_is_one_failure(monkeypatch: pytest.MonkeyPatch
     ]
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_or_hangs_fails_in_its_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     code = """
 def cases(context):
