@@ -256,6 +256,7 @@ def test_sections_are_chosen_by_name() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_command_needs_nothing_but_torch_and_transformers(tmp_path: Path) -> None:
     """All sections in processes for which other packages are not there."""
     others = [
@@ -292,6 +293,6 @@ def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=840,
         check=False,
     )
