@@ -63,4 +63,6 @@ def _steps(context: Context, model: str, is_recomputing: bool) -> list[Row]:
         row |= {"padding_frac": found["padding_frac"], "gradient_error": errors[found["layout"]]}
         how = "DeepSpeed" if has_deepspeed() else "plain torch"
         rows.append(row | {"attention": learner.attention, "steps_by": how})
+    if "packed" not in learner.runners:
+        rows.append({"layout": "packed", "attention": "none here tells sequences in one row apart without a mask"})
     return rows

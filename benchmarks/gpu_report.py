@@ -58,7 +58,7 @@ def _mfus_of_goal(record: Mapping[str, Any]) -> dict[str, float]:
         for case in _cases(record)
         if case["section"] == "learner" and case["case"].startswith("Qwen3 1.7B") and case["status"] == "done"
         for row in case["rows"]
-        if row["layout"] == "packed"
+        if row["layout"] == "packed" and "mfu_frac" in row
     }
 
 

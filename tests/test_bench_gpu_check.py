@@ -132,6 +132,14 @@ def test_a_learner_is_measured_over_packed_rows_where_its_attention_allows(monke
         assert row["steps_by"] == "plain torch"
 
 
+def test_without_such_an_attention_the_learner_says_so() -> None:
+    found = gpu_cases.outcome(gpu_learner.cases(context())[0], context())
+    assert [row["layout"] for row in found["rows"]] == ["padded", "padded", "packed"]
+    assert found["rows"][-1]["attention"].startswith("none here tells sequences in one row apart")
+    told = record(found | {"case": "Qwen3 1.7B"})
+    assert "| packed |  |" in gpu_report.to_markdown(told) and "goal" not in gpu_report.to_markdown(told)
+
+
 def test_a_learner_with_a_wrong_gradient_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = gpu_learner.learner_step.exact_norm
     monkeypatch.setattr(gpu_learner.learner_step, "exact_norm", lambda *arguments: 1.001 * exact(*arguments))
