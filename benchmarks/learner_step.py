@@ -16,17 +16,19 @@ import resource
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import torch
 import typer
 from report import describe_machine, one_line, publish
 from roofs import matmul_flops
+from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 from trace_rl.batch import RolloutKey, TrainingBatch, TrainingSequence
 from trace_rl.config.run import RunConfig
@@ -35,6 +37,9 @@ from trace_rl.states import states_array, states_tensor
 from trace_rl.tasks.arithmetic import base_model_path
 from trace_rl.token_layout import Layout, Packed, Padded
 from trace_rl.workers import environment
+from trace_rl.workers.batch_runner import BatchRunner, StepReport
+from trace_rl.workers.policy_model import RowModel, head_weight, is_flash, load_policy, transformer_shape
+from trace_rl.workers.ranks import Ranks
 
 PACKAGES = ("torch", "deepspeed", "transformers", "flash-attn")
 SHARES = (0.0, 0.05, 0.1, 0.25, 1.0)
@@ -85,7 +90,8 @@ def make_model(preset: Preset, folder: Path) -> Path:
         return base_model_path()
     torch.manual_seed(0)
     config = Qwen3Config(**preset.config, tie_word_embeddings=True, max_position_embeddings=40960)
-    AutoModelForCausalLM.from_config(config, dtype=getattr(torch, preset.dtype)).save_pretrained(folder)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        AutoModelForCausalLM.from_config(config, dtype=getattr(torch, preset.dtype)).save_pretrained(folder)
     return folder
 
 
@@ -104,6 +110,7 @@ def run_config(preset: Preset, path: Path) -> RunConfig:
             "learner": {
                 "max_tokens_per_micro_batch": preset.max_tokens,
                 "gradient_checkpointing": preset.gradient_checkpointing,
+                "optimizer": {"learning_rate": 1e-9},  # steps cost the same, and leave the weights where they were
             },
         }
     )
@@ -139,36 +146,59 @@ def make_batch(preset: Preset, share: float, hidden: int, vocab: int, seed: int)
     return TrainingBatch(0, tuple(sequences))
 
 
-class Learner:
-    """One engine, and a runner of batches for each layout over it."""
+class Runner(Protocol):
+    """Takes optimizer steps on batches in one layout, as `trace_rl.workers.batch_runner.BatchRunner`."""
 
-    def __init__(self, preset: Preset, path: Path) -> None:
-        from torch.distributed import TCPStore
+    def set_teacher_head(self, head: Tensor) -> None: ...
 
-        from trace_rl.workers import deepspeed_engine
-        from trace_rl.workers.batch_runner import BatchRunner
-        from trace_rl.workers.policy_model import RowModel, head_weight, is_flash, load_policy, transformer_shape
-        from trace_rl.workers.ranks import Ranks
+    def train_step(self, batch: TrainingBatch) -> StepReport: ...
 
-        config = run_config(preset, path)
-        store = TCPStore("127.0.0.1", 0, 1, is_master=True)
+
+Engine = Callable[[PreTrainedModel, RunConfig, torch.device], Callable[[Layout], Runner]]
+"""Builds what takes the steps around a model, and returns the runner of a layout."""
+
+
+def deepspeed_runners(policy: PreTrainedModel, config: RunConfig, device: torch.device) -> Callable[[Layout], Runner]:
+    """The engine of a run; all that are built in a process share its process group."""
+    from trace_rl.workers import deepspeed_engine
+
+    if not torch.distributed.is_initialized():
+        store = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True)
         deepspeed_engine.join_process_group(store, 0, 1, timeout_s=600)
-        self.device = deepspeed_engine.device()
+    is_bfloat16 = config.model.dtype == "bfloat16"
+    engine = deepspeed_engine.build_engine(RowModel(policy), config.learner, is_bfloat16, 1000)
+    engine.train()
+    objective = objective_of(config.algorithm, 1.0)
+    return lambda layout: BatchRunner(engine, config.learner, objective, Ranks(0, 1), layout, device)
+
+
+class Learner:
+    """One model, and a runner of batches for each layout over it.
+
+    Args:
+        adapt: what is done to the loaded model before anything else.
+    """
+
+    def __init__(
+        self,
+        preset: Preset,
+        path: Path,
+        engine: Engine = deepspeed_runners,
+        adapt: Callable[[PreTrainedModel], None] = lambda policy: None,
+    ) -> None:
+        config = run_config(preset, path)
+        self.device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
         policy = load_policy(config.model, self.device)
+        adapt(policy)
         if preset.gradient_checkpointing:
             policy.gradient_checkpointing_enable({"use_reentrant": False})
         self.attention = str(policy.config._attn_implementation)
         self.shape = transformer_shape(policy, len(head_weight(policy)))
         self.head = torch.randn(self.shape.vocab, self.shape.hidden, generator=torch.Generator().manual_seed(1))
-        engine = deepspeed_engine.build_engine(RowModel(policy), config.learner, preset.dtype == "bfloat16", 1000)
-        engine.train()
-        objective = objective_of(config.algorithm, 1.0)
         # without flash attention a packed row costs the square of its length
         layouts: dict[str, Layout] = {"padded": Padded()} | ({"packed": Packed()} if is_flash(policy) else {})
-        self.runners = {
-            name: BatchRunner(engine, config.learner, objective, Ranks(0, 1), layout, self.device)
-            for name, layout in layouts.items()
-        }
+        runner_of = engine(policy, config, self.device)
+        self.runners = {name: runner_of(layout) for name, layout in layouts.items()}
         for runner in self.runners.values():
             runner.set_teacher_head(self.head.to(self.device, getattr(torch, preset.dtype)))
 
@@ -179,8 +209,6 @@ class Learner:
 
 def check(learner: Learner, preset: Preset, path: Path, seed: int) -> dict[str, float]:
     """Relative error of each layout's gradient norm against plain torch in float64, on a few sequences.
-
-    The learning rate is that of the presets, 1e-6: the steps of the check leave the weights where they were, up to it.
 
     Raises:
         SystemExit: one is off by more than its bound.
@@ -197,27 +225,39 @@ def check(learner: Learner, preset: Preset, path: Path, seed: int) -> dict[str, 
 
 
 def exact_norm(path: Path, learner: Learner, preset: Preset, batch: TrainingBatch) -> float:
-    """Norm of the gradient of -sum w A log p + sum v KL(q || p), one sequence at a time, without any of our losses."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).to(learner.device)
-    head = learner.head.to(getattr(torch, preset.dtype)).double().to(learner.device)
+    """Norm of the exact gradient."""
+    dtype = getattr(torch, preset.dtype)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(learner.device).double()
+    head = learner.head.to(dtype).double().to(learner.device)
+    return float(torch.nn.utils.get_total_norm(exact_gradients(model, head, batch)))
+
+
+def exact_gradients(model: PreTrainedModel, head: Tensor, batch: TrainingBatch) -> list[Tensor]:
+    """All gradients of -sum w A log p + sum v KL(q || p), one sequence at a time, without any of our losses.
+
+    Args:
+        model: in float64, as is the teacher's `head`.
+    """
     for item in batch.sequences:
-        ids = torch.tensor([item.prompt_token_ids + item.token_ids], device=learner.device)
+        ids = torch.tensor([item.prompt_token_ids + item.token_ids], device=model.device)
         logprobs = model(input_ids=ids).logits[0, len(item.prompt_token_ids) - 1 : -1].log_softmax(-1)
         own = logprobs[range(len(item.token_ids)), list(item.token_ids)]
-        weights = torch.from_numpy(item.pg_weight * item.advantages).double().to(learner.device)
-        states = states_tensor(item.teacher_hidden).double().to(learner.device)
+        weights = torch.from_numpy(item.pg_weight * item.advantages).double().to(model.device)
+        states = states_tensor(item.teacher_hidden).double().to(model.device)
         taught = (states @ head.T).log_softmax(-1)
         kl = F.kl_div(logprobs[item.route_positions], taught, reduction="none", log_target=True).sum(-1)
-        routed = torch.from_numpy(item.route_weight).double().to(learner.device)
+        routed = torch.from_numpy(item.route_weight).double().to(model.device)
         (-(weights * own).sum() + (routed * kl).sum()).backward()
-    return float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+    return [weight.grad for weight in model.parameters() if weight.grad is not None]
 
 
-def measure(learner: Learner, preset: Preset, repeats: int, seed: int) -> list[dict[str, Any]]:
-    """Seconds, throughput and padding of every layout at every share of routed tokens."""
+def measure(
+    learner: Learner, preset: Preset, repeats: int, seed: int, shares: Sequence[float] = SHARES
+) -> list[dict[str, Any]]:
+    """Seconds, throughput and padding of every layout at every share of routed tokens, the first of which is 0."""
     shape = learner.shape
-    batches = {share: make_batch(preset, share, shape.hidden, shape.vocab, seed) for share in SHARES}
-    cases = [(layout, share) for layout in learner.runners for share in SHARES]
+    batches = {share: make_batch(preset, share, shape.hidden, shape.vocab, seed) for share in shares}
+    cases = [(layout, share) for layout in learner.runners for share in shares]
     seconds: dict[tuple[str, float], list[float]] = {case: [] for case in cases}
     padding = {}
     for turn in range(repeats + 1):
@@ -246,6 +286,7 @@ def measure(learner: Learner, preset: Preset, repeats: int, seed: int) -> list[d
                 "seconds": median,
                 "ratio": statistics.median(mine / base for mine, base in zip(own, seconds[BASE], strict=True)),
                 "tokens_per_s": sum(lengths) / median,
+                "flops_per_s": work / median,
                 "roof_frac": work / median / roof,
                 "padding_frac": padding[layout, share],
             }

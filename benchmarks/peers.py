@@ -130,12 +130,24 @@ def contenders(tile_bytes: int) -> list[Contender]:
 
 def ours(problem: Problem, tile_bytes: int) -> Callable[[], Tensor]:
     """`trace_rl.head_loss` with one route a direction."""
+    rows = loss_rows(problem)
+    routes = tuple(
+        RouteLoss(name, number, ACTIONS[name], 1.0, ACTIONS[name]) for number, name in enumerate(problem.routed)
+    )
+    objective = Objective(Clipped(), RolloutCorrection(), routes, 1.0)
+    policy = Projection(problem.hidden, problem.head)
+    teacher = Projection(problem.teacher_hidden[rows.route_row], problem.teacher_head)
+    return lambda: head_loss(policy, rows, objective, teacher, tile_bytes=tile_bytes)[0].total
+
+
+def loss_rows(problem: Problem) -> LossRows:
+    """The constants of a problem's tokens, with one route for each of its directions."""
     device, time = problem.hidden.device, len(problem.targets)
     constants = torch.full((time,), 1 / problem.num_tokens, device=device)
     tokens = list(problem.routed.values())
     empty = torch.zeros(0, dtype=torch.long, device=device)
     route_row = torch.cat([empty, *tokens])
-    rows = LossRows(
+    return LossRows(
         targets=problem.targets,
         sequence=torch.arange(time, device=device) // _sequence(problem),
         num_sequences=len(problem.advantages),
@@ -148,13 +160,6 @@ def ours(problem: Problem, tile_bytes: int) -> Callable[[], Tensor]:
         route_weight=constants[route_row],
         teacher_row=torch.arange(len(route_row), device=device),
     )
-    routes = tuple(
-        RouteLoss(name, number, ACTIONS[name], 1.0, ACTIONS[name]) for number, name in enumerate(problem.routed)
-    )
-    objective = Objective(Clipped(), RolloutCorrection(), routes, 1.0)
-    policy = Projection(problem.hidden, problem.head)
-    teacher = Projection(problem.teacher_hidden[route_row], problem.teacher_head)
-    return lambda: head_loss(policy, rows, objective, teacher, tile_bytes=tile_bytes)[0].total
 
 
 def naive(problem: Problem) -> Callable[[], Tensor]:

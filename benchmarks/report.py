@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Iterable
@@ -10,7 +11,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
 import typer
 
 from trace_rl.workers import environment
@@ -21,8 +21,8 @@ def describe_machine(packages: Iterable[str]) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "cpu": _cpu_model() or platform.processor() or platform.machine(),
-        "cores": psutil.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "has_gpu": environment.has_gpu(),
         **{package: version for package in packages if (version := version_of(package))},
     }

@@ -62,6 +62,7 @@ ALLOWED = {
     ("trace/overlays.py", "importlib.import_module"): "modules that the configuration names under plugins: its author",
     ("launch/job/own_code.py", "importlib.import_module"): "the floors of this package, by a list in the source",
     ("benchmarks/peers.py", "importlib.import_module"): "libraries that are compared, by names in the source",
+    ("benchmarks/gpu_cases.py", "importlib.import_module"): "sections of the GPU check, by names in the source",
     ("trace/overlays.py", "yaml.load"): "its loader is a SafeLoader that refuses more",
     ("launch/doctor/evidence.py", "yaml.load"): "its loader is a SafeLoader",
     ("workers/grading.py", "subprocess.Popen"): "a child of this interpreter that grades, without a shell",
@@ -72,6 +73,7 @@ ALLOWED = {
     ("benchmarks/annotation_overlap.py", "subprocess.run"): "this interpreter and trace-rl",
     ("benchmarks/bench.py", "subprocess.run"): "this interpreter and a script of benchmarks/",
     ("benchmarks/report.py", "subprocess.run"): "git, of this working tree",
+    ("benchmarks/gpu_check.py", "subprocess.run"): "nvidia-smi with constant arguments",
     ("benchmarks/race.py", "subprocess.Popen"): "another Python and a script of benchmarks/",
     ("benchmarks/launched_run.py", "subprocess.Popen"): "this interpreter and trace-rl",
 }
