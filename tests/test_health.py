@@ -115,7 +115,7 @@ def test_a_process_that_hangs_is_named_killed_and_started_again(
     with HeartbeatWatch(board, {"the role": actor}, settings, lambda _, life: life in proven) as watch:
         time.sleep(1.5)
         figures = watch.metrics()
-        assert 0.01 < figures.pop("memory/the_role_host_peak_gib") < 4
+        assert 0.01 < figures.pop("memory/role_host_peak_gib") < 4
         assert figures == {"health/not_healthy_roles": 0.0, "health/restarts": 0.0}
         os.kill(pid, signal.SIGSTOP)
         call = actor.pid.remote()

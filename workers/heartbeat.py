@@ -107,7 +107,7 @@ class HeartbeatWatch:
             "health/restarts": float(self._restarts),
         }
         for role, peak in dict(self._peaks).items():
-            kind = re.sub(r" \d+$", "", role).replace(" ", "_")  # of several the largest
+            kind = re.sub(r"^the | \d+$", "", role).replace(" ", "_")  # of several the largest
             for name, gib in peak._asdict().items():
                 figure = f"memory/{kind}_{name}_peak_gib"
                 if gib:
