@@ -32,6 +32,7 @@ COVERED = {
     *("cispo", "dr_grpo", "opd", "opsd", "reinforce_pp_baseline", "sft", "srpo", "tip"),
     *("trace_all_token", "trace_asymmetric", "trace_fkl", "trace_inverted", "trace_no_label", "trace_random"),
     *("trace_reproduction", "trace_rkl"),
+    *("grpo", "gspo", "reinforce_pp", "rloo"),  # beside grpo: an advantage or a policy gradient, see test_invariance.py
 }
 """Presets all parts of which run in another one, or in the tests of the whole pipeline: with the slow tests."""
 STEPS = 3
