@@ -28,14 +28,14 @@ import bench_stages
 import torch
 import typer
 from counted import DUMP, at_the_roofs
-from launched_run import DEMO, launched
+from launched_run import DEMO, launched, step_records
 from report import describe_machine, git_state, one_line, publish
+from roofs import seconds_of
 
 from trace_rl.config.run import RunConfig
 from trace_rl.launch.plan import stages
 from trace_rl.launch.plan.cost import StepCost
 from trace_rl.launch.plan.hardware import Roofs
-from trace_rl.launch.run_folder import RunFolder
 from trace_rl.overlays import load_config
 from trace_rl.workers import environment
 
@@ -99,25 +99,18 @@ def run_once(configs: Sequence[Path], settings: Sequence[str], shared: Path | No
         RuntimeError: the run failed; with the end of what it printed.
     """
     with tempfile.TemporaryDirectory(prefix="bench-", dir=shared) as name:
-        folder, printed = RunFolder(Path(name) / "run"), Path(name) / "printed.log"
+        folder = Path(name) / "run"
         before = yardstick()
-        with launched(folder.path, settings, printed, configs=configs) as run:
-            try:
-                failed = run.driver.wait(LONGEST_RUN_S) != 0
-            except subprocess.TimeoutExpired:
-                failed = True
-        if failed:
-            end = printed.read_text(encoding="utf-8", errors="replace")[-2000:]
-            raise RuntimeError(f"the run that was to be measured failed or took over {LONGEST_RUN_S:.0f} s: {end}")
+        with launched(folder, settings, folder.with_suffix(".log"), configs=configs) as run:
+            run.finish(LONGEST_RUN_S)
         after = yardstick()
-        lines = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
-        records = [line for line in lines if "time/step_s" in line][WARM_UP_STEPS:]
-        possible = at_the_roofs(load_config(configs, settings), folder.path, records, WARM_UP_STEPS, roofs)
+        records = step_records(folder)[WARM_UP_STEPS:]
+        possible = at_the_roofs(load_config(configs, settings), folder, records, WARM_UP_STEPS, roofs)
     return Run(records, (before + after) / 2, possible)
 
 
 def yardstick() -> float:
-    """Seconds of a piece of work in Python and torch, on one thread: the median of seven."""
+    """Seconds of a piece of work in Python and torch, on one thread."""
     data = torch.ones(512, 512)
 
     def work() -> None:
@@ -125,12 +118,7 @@ def yardstick() -> float:
             torch.mm(data, data)
         sum(number * number for number in range(500_000))
 
-    taken = []
-    for _ in range(7):
-        started = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken)
+    return seconds_of(work, "cpu")
 
 
 def measured_roofs(config: RunConfig) -> tuple[Roofs, str]:
@@ -163,8 +151,7 @@ def summary(runs: Sequence[Run], config: RunConfig, roofs: Roofs) -> dict[str, A
     """What all runs together say."""
     records = [record for run in runs for record in run.records]
     seconds = [step for run in runs for step in run.seconds]
-    names = dict.fromkeys(name for step in seconds for name in step)
-    medians = {name: statistics.median(step[name] for step in seconds if name in step) for name in names}
+    medians = bench_stages.medians(seconds)
     of_roof = {}
     for name, modelled in MODELLED.items():
         if name in medians:

@@ -69,9 +69,19 @@ def throughput(records: Sequence[Record], matmul_flops: float) -> dict[str, dict
     return found
 
 
+def medians(records: Sequence[Record]) -> dict[str, float]:
+    """Figure -> median over the records that have it."""
+    names = dict.fromkeys(name for record in records for name in record)
+    return {name: statistics.median(record[name] for record in records if name in record) for name in names}
+
+
 def idle(records: Sequence[Record]) -> dict[str, float]:
     """Role -> share of the step in which it had nothing to do."""
-    return _medians(records, "idle/", "_frac")
+    return {
+        name.removeprefix("idle/").removesuffix("_frac"): share
+        for name, share in medians(records).items()
+        if name.startswith("idle/")
+    }
 
 
 def memory(records: Sequence[Record]) -> dict[str, float]:
@@ -81,13 +91,4 @@ def memory(records: Sequence[Record]) -> dict[str, float]:
         name.removeprefix("memory/").removesuffix("_peak_gib"): value
         for name, value in last.items()
         if name.startswith("memory/")
-    }
-
-
-def _medians(records: Sequence[Record], prefix: str, suffix: str) -> dict[str, float]:
-    names = [name for name in records[0] if name.startswith(prefix) and name.endswith(suffix)]
-    return {
-        name.removeprefix(prefix).removesuffix(suffix): statistics.median(record[name] for record in records)
-        for name in names
-        if all(name in record for record in records)
     }

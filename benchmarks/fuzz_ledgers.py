@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, get_args
 
+from fuzz_records import JSON_VALUES
 from hypothesis import strategies as st
 
 from trace_rl.errors import DataError
@@ -12,16 +13,11 @@ from trace_rl.launch.ledger import LEDGER_FILE, RunLedger
 from trace_rl.ledger import Record, audit, encode, read_records
 from trace_rl.protocols import Fate, Mark
 
-_json = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
-    max_leaves=3,
-)
 _events = st.sampled_from((*get_args(Fate), *get_args(Mark)))
 _prompts = st.dictionaries(st.sampled_from(("epoch=0/4/0", "epoch=0/4/1", "epoch=1/4/0")), st.text(max_size=2))
 _steps = st.integers(0, 4)
 _whole = st.tuples(_events, _steps, _prompts)
-_odd = st.tuples(_json, _json, _json, _json, _json)
+_odd = st.tuples(*[JSON_VALUES] * 5)
 
 
 def _encode_whole(entries: list[tuple[Any, ...]]) -> list[bytes]:

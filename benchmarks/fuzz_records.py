@@ -31,13 +31,13 @@ _LINES = (
         "{'a': 1}",
     ),
 )
-_json_values = st.recursive(
+JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
     max_leaves=3,
 )
 _columns = st.sampled_from(("question", "prompt", "answer", "solution", "id", "other"))
-_row = st.dictionaries(_columns, _json_values, max_size=3).map(lambda changed: json.dumps(_ROW | changed))
+_row = st.dictionaries(_columns, JSON_VALUES, max_size=3).map(lambda changed: json.dumps(_ROW | changed))
 _good_line = st.integers(0, 99).map(lambda number: json.dumps(_ROW | {"id": number, "question": f"{number}?"}).encode())
 _line = st.one_of(
     _row.map(str.encode),
@@ -133,14 +133,14 @@ _entry = st.fixed_dictionaries(
     optional={
         "start": _numbers,
         "end": _numbers,
-        "type": st.one_of(st.sampled_from(("slip", "gap", "other")), st.text(max_size=3), _json_values),
+        "type": st.one_of(st.sampled_from(("slip", "gap", "other")), st.text(max_size=3), JSON_VALUES),
         "importance": _numbers,
-        "note": _json_values,
+        "note": JSON_VALUES,
     },
 )
 _reply = st.fixed_dictionaries(
-    {"spans": st.one_of(st.lists(st.one_of(_entry, _json_values), max_size=4), _json_values)},
-    optional={"reflection": st.one_of(st.text(max_size=20), _json_values)},
+    {"spans": st.one_of(st.lists(st.one_of(_entry, JSON_VALUES), max_size=4), JSON_VALUES)},
+    optional={"reflection": st.one_of(st.text(max_size=20), JSON_VALUES)},
 )
 ANSWERS = st.one_of(
     st.lists(st.one_of(st.sampled_from(_PIECES), st.text(max_size=4)), max_size=20).map("".join),
@@ -167,7 +167,7 @@ def read_annotation_answer(given: str, folder: Path) -> object:
 
 _recorded_line = st.one_of(
     st.builds(lambda key, reply: json.dumps({"key": key, "reply": reply}).encode(), st.text(max_size=3), _reply),
-    st.dictionaries(st.sampled_from(("key", "reply", "other")), _json_values).map(lambda row: json.dumps(row).encode()),
+    st.dictionaries(st.sampled_from(("key", "reply", "other")), JSON_VALUES).map(lambda row: json.dumps(row).encode()),
     st.sampled_from(_PIECES).map(lambda piece: piece.encode("utf-8", "surrogatepass")),
     st.binary(max_size=8),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -38,6 +39,23 @@ class LaunchedRun:
     driver: subprocess.Popen[bytes]
     mark: str
     """In the environment of all of its processes, also of those that Ray started."""
+    printed: Path
+    """What it prints."""
+
+    def finish(self, limit_s: float) -> None:
+        """Wait until it has ended well.
+
+        Raises:
+            RuntimeError: it failed, or takes longer; with the end of what it printed.
+        """
+        try:
+            code = self.driver.wait(limit_s)
+            what = f"ended with exit code {code}"
+        except subprocess.TimeoutExpired:
+            code, what = -1, f"took longer than {limit_s:.0f} s"
+        if code:
+            end = self.printed.read_text(encoding="utf-8", errors="replace")[-2000:]
+            raise RuntimeError(f"the run {what}:\n{end}")
 
     def processes(self) -> dict[int, str]:
         """Process id -> its title."""
@@ -82,11 +100,17 @@ def launched(
     with printed.open("ab") as file:
         env = {**os.environ, **(environment or {}), _MARK: mark}
         driver = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env, start_new_session=True)
-    run = LaunchedRun(driver, mark)
+    run = LaunchedRun(driver, mark, printed)
     try:
         yield run
     finally:
         _end_all(run)
+
+
+def step_records(folder: Path) -> list[dict[str, float]]:
+    """What a run has recorded of its steps, without its evaluations."""
+    lines = RunFolder(folder).metrics.read_text(encoding="utf-8").splitlines()
+    return [record for record in map(json.loads, lines) if "time/step_s" in record]
 
 
 def final_weights(folder: Path, steps: int) -> str:

@@ -34,6 +34,7 @@ from trace_rl.batch import RolloutKey, TrainingBatch, TrainingSequence
 from trace_rl.config.run import RunConfig
 from trace_rl.objective import objective_of
 from trace_rl.states import states_array, states_tensor
+from trace_rl.step_metrics import learner_work
 from trace_rl.tasks.arithmetic import base_model_path
 from trace_rl.token_layout import Layout, Packed, Padded
 from trace_rl.workers import environment
@@ -274,10 +275,8 @@ def measure(
     results = []
     for layout, share in cases:
         own = seconds[layout, share]
-        sequences = batches[share].sequences
-        lengths = [len(item.prompt_token_ids) + len(item.token_ids) for item in sequences]
-        rows = sum(len(item.token_ids) for item in sequences)
-        work = 3 * (sum(shape.forward_flops(length, 0) for length in lengths) + shape.forward_flops(0, rows))
+        done = learner_work(batches[share], shape)
+        work = 3e12 * done["learner/forward_tflop"]
         median = statistics.median(own)
         results.append(
             {
@@ -285,7 +284,7 @@ def measure(
                 "share": share,
                 "seconds": median,
                 "ratio": statistics.median(mine / base for mine, base in zip(own, seconds[BASE], strict=True)),
-                "tokens_per_s": sum(lengths) / median,
+                "tokens_per_s": done["learner/tokens"] / median,
                 "flops_per_s": work / median,
                 "roof_frac": work / median / roof,
                 "padding_frac": padding[layout, share],

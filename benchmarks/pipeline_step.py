@@ -9,7 +9,6 @@ later steps would be GRPO's. Absolute times belong to this machine; the ratios o
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -18,10 +17,8 @@ from typing import Annotated, Any
 
 import bench_stages
 import typer
-from launched_run import DEMO, launched
+from launched_run import DEMO, launched, step_records
 from report import describe_machine, git_state, one_line, publish
-
-from trace_rl.launch.run_folder import RunFolder
 
 METHODS = DEMO.parent / "methods"
 ROUTE = "algorithm.routes.key_spans"
@@ -47,12 +44,11 @@ def records_of(case: str, prompts: int, steps: int, seed: int) -> list[dict[str,
     settings = [f"run.steps={steps + WARM_UP_STEPS}", f"sampling.prompts_per_step={prompts}", f"run.seed={seed}"]
     settings += ["evaluation.every=0", "logging.diagnostics_every=0", "logging.rollouts_every=0"]
     with tempfile.TemporaryDirectory() as name:
-        folder, printed = RunFolder(Path(name) / "run"), Path(name) / "printed.log"
-        with launched(folder.path, [*settings, *over], printed, configs=(DEMO, METHODS / preset)) as run:
-            if run.driver.wait(LONGEST_RUN_S) != 0:
-                raise RuntimeError(printed.read_text(encoding="utf-8", errors="replace")[-2000:])
-        lines = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if "time/step_s" in line][WARM_UP_STEPS:]
+        folder = Path(name) / "run"
+        configs = (DEMO, METHODS / preset)
+        with launched(folder, [*settings, *over], folder.with_suffix(".log"), configs=configs) as run:
+            run.finish(LONGEST_RUN_S)
+        return step_records(folder)[WARM_UP_STEPS:]
 
 
 def summary(records: dict[str, list[list[dict[str, float]]]]) -> dict[str, dict[str, Any]]:
@@ -68,12 +64,11 @@ def summary(records: dict[str, list[list[dict[str, float]]]]) -> dict[str, dict[
     found = {}
     for case, rounds in records.items():
         every = [record for each in rounds for record in each]
-        seconds = [bench_stages.stage_seconds(record) for record in every]
-        stages = dict.fromkeys(name for step in seconds for name in step)
+        ratios = [own / base for own, base in zip(steps[case], steps[BASE], strict=True)]
         found[case] = {
-            "seconds": {name: statistics.median(s[name] for s in seconds if name in s) for name in stages},
-            "ratio": statistics.median(own / base for own, base in zip(steps[case], steps[BASE], strict=True)),
-            "ratios": [own / base for own, base in zip(steps[case], steps[BASE], strict=True)],
+            "seconds": bench_stages.medians([bench_stages.stage_seconds(record) for record in every]),
+            "ratio": statistics.median(ratios),
+            "ratios": ratios,
             "coverage": _mean(every, COVERAGE),
             "routed": _mean(every, "route/token_frac"),
             "teacher_flops": 1 - spared if (spared := _mean(every, SPARED)) else 0.0,

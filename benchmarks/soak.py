@@ -10,7 +10,6 @@ The run is ended by SIGTERM, which must leave a checkpoint and exit code 143.
 
 from __future__ import annotations
 
-import json
 import signal
 import statistics
 import subprocess
@@ -23,7 +22,7 @@ from typing import Annotated, Any
 
 import psutil
 import typer
-from launched_run import LaunchedRun, launched
+from launched_run import LaunchedRun, launched, step_records
 from report import describe_machine, one_line, publish
 from scipy import stats
 
@@ -150,11 +149,11 @@ def watch(run: LaunchedRun, folder: RunFolder, seconds: float) -> dict[str, list
     return found
 
 
-def soak(seconds: float, settings: Sequence[str] = ()) -> tuple[dict[str, list[Sample]], int, float, int]:
+def soak(seconds: float) -> tuple[dict[str, list[Sample]], int, float, int]:
     """Samples of each role; the steps that were done; how long SIGTERM took to end the run, and its exit code."""
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         folder, printed = RunFolder(Path(name) / "run"), Path(name) / "printed.log"
-        with launched(folder.path, [*SETTINGS, *settings], printed) as run:
+        with launched(folder.path, SETTINGS, printed) as run:
             samples = watch(run, folder, seconds)
             asked = time.monotonic()
             run.driver.send_signal(signal.SIGTERM)
@@ -164,8 +163,7 @@ def soak(seconds: float, settings: Sequence[str] = ()) -> tuple[dict[str, list[S
                 raise RuntimeError(f"SIGTERM did not end the run within {END_S:.0f} s") from None
             ended_s = time.monotonic() - asked
         steps = max((step for step, _ in folder.complete_checkpoints()), default=0)
-        records = folder.metrics.read_text(encoding="utf-8").splitlines()
-        done = sum("time/step_s" in json.loads(line) for line in records)
+        done = len(step_records(folder.path))
         if steps != done:
             raise RuntimeError(f"after SIGTERM the newest checkpoint is that of step {steps}, and {done} were done")
     return samples, steps, ended_s, code
