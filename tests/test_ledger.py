@@ -2,6 +2,7 @@
 
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rollouts import annotated
@@ -152,3 +153,9 @@ def test_damage_is_told_when_a_run_goes_on(tmp_path: Path, caplog: pytest.LogCap
     (tmp_path / LEDGER_FILE).write_bytes(b"nonsense\n" + encode(Record(1, "issued", 0, prompts("a"))))
     RunLedger(tmp_path).close()
     assert "line 1 cannot be read" in caplog.text and len(read_ledger(tmp_path).records) == 1
+
+
+@pytest.mark.parametrize("event", [{}, [], None, 1, "unknown"])
+def test_a_line_with_a_right_checksum_and_no_known_event_is_damage(event: Any) -> None:
+    found = read_records(encode(Record(0, event, 0)))
+    assert found.records == [] and "line 1 cannot be read: it is no record" in found.damage[0]
