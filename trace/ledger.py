@@ -101,7 +101,7 @@ def decode(line: bytes) -> Record:
         raise ValueError(f"it is no record ({error!r})") from error
     numbers = all(type(value) is int for value in (record.number, record.step))
     mappings = all(isinstance(value, dict) for value in (record.prompts, record.notes))
-    if not numbers or not mappings or type(record.event) is not str or record.event not in _FATES | _MARKS:
+    if not numbers or not mappings or not isinstance(content["event"], str) or record.event not in _FATES | _MARKS:
         raise ValueError("it is no record (a field has another type than expected)")
     return record
 
