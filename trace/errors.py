@@ -6,6 +6,7 @@ The classes are picklable (Ray ships them between processes): they carry little 
 
 from __future__ import annotations
 
+import reprlib
 from typing import Literal
 
 FailureCause = Literal[
@@ -91,6 +92,18 @@ class PreemptedError(TraceError):
     """The run was told to end, and has kept what it had done."""
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
+_MAX_LINE_CHARS = 500
+"""Of a foreign message: some repeat the whole input."""
+
+
+def short_repr(value: object) -> str:
+    """A value for a message: as `repr`, but shortened, since a list can hold itself, or a thousand others."""
+    return _SHORT.repr(value)
+
+
 def first_line(error: BaseException) -> str:
     """What a foreign error says, without the stacks and advice that some libraries put into their messages."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= _MAX_LINE_CHARS else f"{line[:_MAX_LINE_CHARS]}..."

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,22 +22,17 @@ from pydantic import BaseModel, ValidationError
 
 from trace_rl.config.base import Kind
 from trace_rl.config.run import RunConfig
-from trace_rl.errors import ConfigError, first_line
+from trace_rl.errors import ConfigError, first_line, short_repr
 from trace_rl.secrecy import Redactor, literal_secret_in
+from trace_rl.yaml_files import Replaced, read_mapping, read_value
 
 Path_ = tuple[str, ...]
 PlaceOf = Callable[[Mapping[str, Any], str], str]
 """Where a key of a mapping was given."""
 Schema = TypeVar("Schema", bound=BaseModel)
 
-_MERGE_TAG = "tag:yaml.org,2002:merge"
-_SHORT = reprlib.Repr()
-"""Shows values in messages: a list can hold itself, or a thousand others."""
-_SHORT.maxstring = _SHORT.maxother = 200
 _MAX_LEVELS = 64
 """Of a dotted key; settings are a handful of levels deep."""
-_MAX_BITS = 256
-"""Of a whole number; what is longer is no setting, and Python refuses to print it."""
 
 
 @dataclass
@@ -109,76 +103,7 @@ def read_document(file: Path) -> Document:
         ConfigError: it cannot be read, is not YAML, or has a key twice; names the line.
     """
     file = file.resolve()
-    return Document(file, *_read(file, ()))
-
-
-class _Replace(dict[str, Any]):
-    """A mapping tagged `!replace`."""
-
-
-class _Values(yaml.SafeLoader):
-    """SafeLoader that refuses every scalar which is not what it looks like, a date of month 99 say, with its line."""
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        if not isinstance(node, yaml.ScalarNode):
-            return super().construct_object(node, deep)
-        kind = node.tag.rpartition(":")[2]
-        try:
-            value = super().construct_object(node, deep)
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-            problem = f"{node.value[:60]!r} is no valid {kind}"
-            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
-        if isinstance(value, int) and value.bit_length() > _MAX_BITS:
-            problem = f"a number of {value.bit_length()} bits is no setting"
-            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-        return value
-
-
-class _Loader(_Values):
-    """Refuses duplicate keys as well, and remembers the line of each key."""
-
-    lines: dict[int, dict[str, int]]
-
-    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Any, Any]:
-        if not isinstance(node, yaml.MappingNode):  # of a tag, such as !replace, on something else
-            found = "sequence" if isinstance(node, yaml.SequenceNode) else "scalar"
-            problem = f"a {found} stands where a mapping should be"
-            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-        seen: dict[Any, int] = {}
-        for key_node, _ in node.value:
-            if key_node.tag == _MERGE_TAG:
-                continue
-            line = key_node.start_mark.line + 1
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise ConfigError(f"{self.name}:{line}: a {key_node.id} stands where a key should be; give a name")
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise ConfigError(
-                    f"{self.name}:{line}: key {key!r} was given at line {seen[key]} already; keep one of the two"
-                )
-            seen[key] = line
-        mapping = super().construct_mapping(node, deep=True)  # also resolves merge keys; what they bring comes first
-        self.lines[id(mapping)] = {str(key_node.value): key_node.start_mark.line + 1 for key_node, _ in node.value}
-        self.keep.append(mapping)
-        return mapping
-
-    keep: list[Any]
-
-
-def _construct_map(loader: _Values, node: yaml.MappingNode) -> dict[Any, Any]:
-    return loader.construct_mapping(node, deep=True)  # refuses a mapping that holds itself
-
-
-def _construct_replace(loader: _Loader, node: yaml.MappingNode) -> _Replace:
-    mapping = loader.construct_mapping(node, deep=True)
-    replaced = _Replace(mapping)
-    loader.lines[id(replaced)] = loader.lines[id(mapping)]
-    loader.keep.append(replaced)
-    return replaced
-
-
-_Values.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_map)
-_Loader.add_constructor("!replace", _construct_replace)
+    return Document(file, *read_mapping(file))
 
 
 def load_config(files: Sequence[Path], overrides: Iterable[str] = ()) -> RunConfig:
@@ -254,8 +179,8 @@ def _import_plugins(layers: Layers) -> None:
             importlib.import_module(str(name))
         except Exception as error:  # a module may raise anything while it is imported
             raise ConfigError(
-                f"{layers.places['plugins',]}: plugins names {name!r}, which cannot be imported ({first_line(error)}); "
-                "give a module that is installed, or start in the folder that holds it"
+                f"{layers.places['plugins',]}: plugins names {short_repr(name)}, which cannot be imported "
+                f"({first_line(error)}); give a module that is installed, or start in the folder that holds it"
             ) from error
 
 
@@ -267,58 +192,27 @@ def _add_file(layers: Layers, file: Path, chain: tuple[Path, ...]) -> None:
         raise ConfigError(f"config file {str(file)!r}{asked} is no path ({first_line(error)}); correct it") from None
     if file in chain:
         raise ConfigError(f"{file} extends itself through {' -> '.join(str(each) for each in (*chain, file))}")
-    tree, lines = _read(file, chain)
+    tree, lines = read_mapping(file, chain[-1] if chain else None)
     extends = tree.pop("extends", [])
     parents = [extends] if isinstance(extends, str) else extends
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
         place = f"{file}:{lines[id(tree)]['extends']}"
         raise ConfigError(
-            f"{place}: extends is {_SHORT.repr(extends)}; expected a path or a list of paths beside this file"
+            f"{place}: extends is {short_repr(extends)}; expected a path or a list of paths beside this file"
         )
     for parent in parents:
         _add_file(layers, file.parent / parent, (*chain, file))
     _merge(layers, layers.tree, tree, (), lambda mapping, key: f"{file}:{lines.get(id(mapping), {}).get(key, '?')}")
 
 
-def _read(file: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[int, dict[str, int]]]:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except OSError:
-        asked = f", which {chain[-1]} extends," if chain else ""
-        near = difflib.get_close_matches(file.name, [each.name for each in file.parent.glob("*.yaml")], n=1)
-        hint = f"; did you mean {near[0]}?" if near else "; check the path"
-        raise ConfigError(f"config file {file}{asked} does not exist or cannot be read{hint}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"config file {file} is not UTF-8 text ({error}); convert it to UTF-8") from None
-    try:
-        loader = _Loader(text)
-        loader.name, loader.lines, loader.keep = str(file), {}, []
-        tree = loader.get_single_data() or {}
-        loader.dispose()
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{file}:{mark.line + 1}" if mark else str(file)
-        problem = (getattr(error, "problem", None) or str(error)).splitlines()[0]
-        raise ConfigError(f"{place}: not valid YAML ({problem})") from None
-    except RecursionError:
-        raise ConfigError(f"{file} is nested too deeply to be read; settings are a handful of levels deep") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(
-            f"{file} holds a {type(tree).__name__}; expected a mapping of sections such as model and data"
-        )
-    return tree, loader.lines
-
-
 def _add_override(layers: Layers, override: str) -> None:
     dotted, separator, text = override.partition("=")
     keys = tuple(dotted.strip().split("."))
     if not separator or not all(keys):
-        given = _SHORT.repr(override)
+        given = short_repr(override)
         raise ConfigError(f"override {given} is not of the form section.key=value, for example run.steps=100")
     try:
-        value = yaml.load(text, _Values) if text else None
-    except yaml.YAMLError:
-        value = text
+        value = read_value(text)
     except RecursionError:
         raise ConfigError(f"override {dotted.strip()} has a value that is nested too deeply to be read") from None
     # the place is the key alone: a value may be a secret that was given where none belongs
@@ -343,8 +237,8 @@ def _merge(layers: Layers, into: dict[str, Any], tree: Mapping[str, Any], path: 
             into.pop(key, None)
         elif isinstance(value, dict):
             below = into.get(key)
-            if isinstance(value, _Replace) or not value or not isinstance(below, dict):
-                is_addition = bool(value) and not isinstance(value, _Replace)
+            if isinstance(value, Replaced) or not value or not isinstance(below, dict):
+                is_addition = bool(value) and not isinstance(value, Replaced)
                 into[key] = _named_kind(layers.schema, here, below) if is_addition else {}
             _merge(layers, into[key], value, here, place_of)
         else:
@@ -372,7 +266,7 @@ def _explain(problem: Any, layers: Layers) -> str:
         return f"{prefix}{dotted} has {problem['msg']}"
     if problem["type"] == "value_error":
         return f"{prefix}{problem['ctx']['error']}"
-    return f"{prefix}{dotted} is {_SHORT.repr(problem['input'])}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    return f"{prefix}{dotted} is {short_repr(problem['input'])}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
 def _known_keys(schema: type[BaseModel], keys: Path_) -> list[str]:

@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, model_validator
 from pydantic_core import PydanticCustomError
 
+from trace_rl.errors import short_repr
+
 _MAX_NAME_BYTES = 200
 """File systems take 255, and what is written beside a folder adds endings to its name."""
 
@@ -64,7 +66,9 @@ class Kind(Section):
             known = sorted(name for name, kind in cls.kinds.items() if issubclass(kind, cls))
             near = difflib.get_close_matches(str(found), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
-            raise PydanticCustomError("unknown_kind", "the type {found}; {hint}", {"found": repr(found), "hint": hint})
+            raise PydanticCustomError(
+                "unknown_kind", "the type {found}; {hint}", {"found": short_repr(found), "hint": hint}
+            )
         chosen: Self = cls.kinds[found].model_validate(value)
         return chosen
 
