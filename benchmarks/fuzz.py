@@ -3,6 +3,7 @@
     python benchmarks/fuzz.py [--inputs 100000] [--seed 0] [--target config,data] [--out benchmarks/results]
 
 Inputs are drawn by hypothesis from `fuzz_targets`, in rounds with a seed each, so that a round can be repeated alone.
+Targets are read side by side, one process per core.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,6 +74,17 @@ def _read_round(target: Target, num_inputs: int, number: int, folder: Path, tall
     read()
 
 
+def _be_quiet() -> None:
+    logging.disable(logging.WARNING)  # a recording that is cut short is told of each time
+
+
+def _fuzzed(name: str, num_inputs: int, first_seed: int) -> dict[str, Any]:
+    started = time.monotonic()
+    tally = fuzz(TARGETS[name], num_inputs, first_seed)
+    typer.echo(f"{name}: {tally.num_inputs} inputs, {tally.outcomes['unhandled']} unhandled", err=True)
+    return to_row(name, tally, time.monotonic() - started)
+
+
 def to_row(name: str, tally: Tally, seconds: float) -> dict[str, Any]:
     refused = {kind: count for kind, count in sorted(tally.outcomes.items()) if kind not in (ACCEPTED, "unhandled")}
     return {
@@ -115,13 +129,9 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Folder for fuzz.json and .md.")] = None,
 ) -> None:
     """Fuzz, print, and write where --out says."""
-    logging.disable(logging.WARNING)  # a recording that is cut short is told of each time
-    results = []
-    for name in target.split(","):
-        started = time.monotonic()
-        tally = fuzz(TARGETS[name], inputs, first_seed)
-        results.append(to_row(name, tally, time.monotonic() - started))
-        typer.echo(f"{name}: {tally.num_inputs} inputs, {tally.outcomes['unhandled']} unhandled", err=True)
+    names = target.split(",")
+    with ProcessPoolExecutor(initializer=_be_quiet) as workers:
+        results = list(workers.map(_fuzzed, names, repeat(inputs), repeat(first_seed)))
     report = {
         "command": f"python benchmarks/fuzz.py --inputs {inputs} --seed {first_seed} --target {target}",
         "machine": describe_machine(PACKAGES),
