@@ -108,10 +108,9 @@ def take(processes: Sequence[int], at_s: float) -> Sample | None:
     return Sample(at_s, memory, handles, threads)
 
 
-def object_store(run: LaunchedRun, at_s: float) -> Sample | None:
+def object_store(stores: Sequence[int], at_s: float) -> Sample | None:
     """Ray's processes, and as their memory what they share: the object store."""
     shared = 0
-    stores = [pid for pid, title in run.processes().items() if "raylet/raylet" in title]
     for pid in stores:
         try:
             shared += psutil.Process(pid).memory_info().shared
@@ -133,6 +132,7 @@ def watch(run: LaunchedRun, folder: RunFolder, seconds: float) -> dict[str, list
             raise RuntimeError(f"the run has measured nothing within {START_S:.0f} s, or ended")
         time.sleep(1)
     started, first = time.monotonic(), run.roles()
+    stores = [pid for pid, title in run.processes().items() if "raylet/raylet" in title]
     found: dict[str, list[Sample]] = {role: [] for role in first} | {"object store": []}
     while (at_s := time.monotonic() - started) < seconds:
         if run.driver.poll() is not None:
@@ -141,7 +141,7 @@ def watch(run: LaunchedRun, folder: RunFolder, seconds: float) -> dict[str, list
             raise RuntimeError(f"after {at_s:.0f} s its roles are {run.roles()}, at first they were {first}")
         for role, sample in [
             *((role, take(processes, at_s)) for role, processes in first.items()),
-            ("object store", object_store(run, at_s)),
+            ("object store", object_store(stores, at_s)),
         ]:
             if sample is not None:
                 found[role].append(sample)

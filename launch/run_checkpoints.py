@@ -22,7 +22,7 @@ from pathlib import Path
 
 from trace_rl.config.roles import Run
 from trace_rl.errors import CheckpointError
-from trace_rl.launch.run_folder import DAMAGED, RunFolder
+from trace_rl.launch.run_folder import DAMAGED, FREE_PER_SIZE, RunFolder
 from trace_rl.protocols import Drawn, Learner, StoredFile, Teacher
 from trace_rl.workers.checkpoint_files import (
     DamagedCheckpointError,
@@ -38,8 +38,6 @@ from trace_rl.workers.checkpoint_files import (
 logger = logging.getLogger(__name__)
 
 _STATE_FILE = "trainer.json"
-_MARGIN = 1.05
-"""Free space that is asked for, in sizes of the checkpoint before."""
 _GIB = 2**30
 
 
@@ -159,7 +157,7 @@ class RunCheckpoints:
         clear_leftovers(self.folder.checkpoints)
         complete = self.folder.complete_checkpoints()
         size = read_manifest(complete[-1][1]).num_bytes if complete else self.expected_bytes
-        needed = _MARGIN * size
+        needed = FREE_PER_SIZE * size
         surplus = self._surplus({**self._scores(), step: score})
         while surplus and self._free() < needed:
             if not self._remove(surplus[:1]):

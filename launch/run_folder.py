@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 _STEP = "step-"
 DAMAGED = "damaged-"
 """Before the name of a checkpoint that was moved aside."""
+FREE_PER_SIZE = 1.05
+"""Free space that a checkpoint asks for, in sizes of the one before."""
 
 
 @dataclass(frozen=True)

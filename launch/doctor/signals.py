@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trace_rl.launch.doctor.evidence import Evidence
+from trace_rl.launch.run_folder import FREE_PER_SIZE
 from trace_rl.ledger import Account
 
 _WINDOW = 20
@@ -195,7 +196,7 @@ def _collapse(evidence: Evidence) -> Iterator[Finding]:
 
 def _disk(evidence: Evidence) -> Iterator[Finding]:
     size = max((each.num_bytes for each in evidence.checkpoints), default=0)
-    if evidence.free_bytes < max(1.05 * size, _GIB):
+    if evidence.free_bytes < max(FREE_PER_SIZE * size, _GIB):
         needs = f"a checkpoint takes {size / _GIB:.3g} GiB" if size else "that is little for a run"
         yield Finding(
             "act",
