@@ -63,7 +63,7 @@ ALLOWED = {
     ("launch/job/own_code.py", "importlib.import_module"): "the floors of this package, by a list in the source",
     ("benchmarks/peers.py", "importlib.import_module"): "libraries that are compared, by names in the source",
     ("benchmarks/gpu_cases.py", "importlib.import_module"): "sections of the GPU check, by names in the source",
-    ("trace/overlays.py", "yaml.load"): "its loader is a SafeLoader that refuses more",
+    ("trace/yaml_files.py", "yaml.load"): "its loader is a SafeLoader that refuses more",
     ("launch/doctor/evidence.py", "yaml.load"): "its loader is a SafeLoader",
     ("workers/grading.py", "subprocess.Popen"): "a child of this interpreter that grades, without a shell",
     ("launch/sweep/local.py", "subprocess.Popen"): "a cell of a sweep, without a shell; its argument is a file of ours",
