@@ -51,7 +51,8 @@ def workload_of(
     """What some steps held, from their dumped rollouts.
 
     Args:
-        teacher_tokens: that a step's requests to the teacher have together, prompts and contexts included.
+        teacher_tokens: that a step's requests to the teacher have together, prompts and contexts included, those that
+            are computed once for several of them once.
     """
     lengths = [[len(rollout["token_ids"]) for rollout in step] for step in dumps]
     taken = [
@@ -68,7 +69,7 @@ def workload_of(
         samples=config.sampling.samples_per_prompt,
         prompt_tokens=prompt_tokens,
         responses=replace(Lengths.of([length for step in lengths for length in step]), longest=longest),
-        context_tokens=max(0.0, asked - prompt_tokens - reach),
+        context_tokens=asked - prompt_tokens - reach if routed else 0.0,
         routed_rollouts_frac=len(routed) / len(taken),
         routed_tokens_frac=sum(len(positions) for _, positions in routed) / sum(length for length, _ in taken),
         routed_reach_frac=statistics.mean((max(p) + 1) / n for n, p in routed) if routed else 1.0,

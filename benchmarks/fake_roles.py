@@ -24,7 +24,7 @@ from sleeping_engine import Pace, SleepingEngine
 
 from trace_rl.batch import Prompt, RolloutKey, RolloutRequest, Span, TeacherRequest, TeacherRows, TrainingBatch
 from trace_rl.config.run import RunConfig
-from trace_rl.flops import TransformerShape
+from trace_rl.flops import TeacherCost, TransformerShape
 from trace_rl.launch.display import Display
 from trace_rl.launch.journal import RunJournal
 from trace_rl.launch.run_folder import RunFolder
@@ -245,7 +245,7 @@ def crew(
             grader=RayGrader(actors[0], config.rewarder),
             annotator=RayAnnotator(actors[1], config.annotator),
             teacher=InstantTeacher(),
-            teacher_shapes=[_SHAPE] if config.needs_teacher else [],
+            teacher_cost=TeacherCost((_SHAPE,) if config.needs_teacher else ()),
             learner=learner,
             policy_shape=_SHAPE,
             weight_sync=sync,

@@ -10,7 +10,7 @@ import torch
 
 from trace_rl.absent import AbsentAnnotator, AbsentTeacher
 from trace_rl.config.run import RunConfig
-from trace_rl.flops import TransformerShape
+from trace_rl.flops import TeacherCost
 from trace_rl.launch.actors import Actors, start_actors
 from trace_rl.launch.journal import RunJournal
 from trace_rl.launch.placement import ANNOTATOR, ENGINE_OF_TEACHER, REWARDER, TEACHER, engine_role
@@ -72,14 +72,14 @@ def start_roles(ready: Ready, folder: RunFolder, journal: RunJournal, ledger: Pr
     learner = actors.learner if actors.turns is None else LearnerInTurns(actors.learner, actors.turns)
     annotator: Annotator = AbsentAnnotator()
     teacher: Teacher = AbsentTeacher()
-    teacher_shapes: list[TransformerShape] = []
+    teacher_cost = TeacherCost()
     idle: dict[str, Sequence[IdleMeter]] = {}
     if config.needs_teacher:
         placement = config.placement
         teacher = RayTeacher(
             handles[TEACHER], learner, config.teacher.weights, placement.step_timeout_s, placement.start_timeout_s
         )
-        teacher_shapes = teacher.shapes()
+        teacher_cost = teacher.cost()
         idle["teacher"] = [teacher.idle]
     if config.needs_annotator:
         annotator = RayAnnotator(handles[ANNOTATOR], config.annotator)
@@ -101,7 +101,7 @@ def start_roles(ready: Ready, folder: RunFolder, journal: RunJournal, ledger: Pr
         grader=grader,
         annotator=annotator,
         teacher=teacher,
-        teacher_shapes=teacher_shapes,
+        teacher_cost=teacher_cost,
         learner=learner,
         policy_shape=shape.transformer,
         weight_sync=weight_sync,

@@ -31,6 +31,7 @@ from trace_rl.batch import (
 )
 from trace_rl.config.algorithm import Route
 from trace_rl.config.run import RunConfig
+from trace_rl.flops import TeacherCost
 from trace_rl.head_loss import DEFAULT_TILE_BYTES, LossParts, Projection, head_logprobs, head_loss
 from trace_rl.loop import _ask_teacher, _rank_and_weigh
 from trace_rl.objective import LossRows, Objective, objective_of
@@ -257,7 +258,7 @@ def stages(
 ) -> tuple[Sequence[RoutedRollout], TrainingBatch]:
     """What the loop makes of annotated completions before the learner trains on them."""
     roles: Any = SimpleNamespace(
-        encoder=encoder_of(config), teacher=ModelTeacher(teacher), teacher_shapes=(), learner=learner
+        encoder=encoder_of(config), teacher=ModelTeacher(teacher), teacher_cost=TeacherCost(), learner=learner
     )
     candidates = route_rollouts(annotated, config, step)
     evidence, _ = _ask_teacher(config, roles, candidates, step)

@@ -14,7 +14,7 @@ from trace_rl.absent import AbsentAnnotator, AbsentTeacher
 from trace_rl.batch import AnnotatedRollout, GradedRollout, Prompt, Rollout, Span, TeacherRows, TokenStatistics
 from trace_rl.config.run import RunConfig
 from trace_rl.errors import PreemptedError, TrainingError
-from trace_rl.flops import TransformerShape
+from trace_rl.flops import TeacherCost, TransformerShape
 from trace_rl.ledger import Record, audit
 from trace_rl.loop import Roles, evaluate, train
 from trace_rl.prompts import PromptEncoder
@@ -247,7 +247,7 @@ def make_roles(config, annotator=None, teacher=None, sampler=None):
         grader=Grader(),
         annotator=annotator or AbsentAnnotator(),
         teacher=teacher or AbsentTeacher(),
-        teacher_shapes=[A_PARAMETER] if teacher else [],
+        teacher_cost=TeacherCost((A_PARAMETER,) if teacher else ()),
         learner=learner,
         policy_shape=A_PARAMETER,
         weight_sync=Sync(learner, engine),

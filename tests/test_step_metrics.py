@@ -5,7 +5,7 @@ import pytest
 from rollouts import ERROR, KEY, annotated, configured, error, key
 
 from trace_rl.batch import RolloutKey, TeacherRequest, TeacherRows, TrainingBatch
-from trace_rl.flops import TransformerShape
+from trace_rl.flops import TeacherCost, TransformerShape
 from trace_rl.routing import route_rollouts
 from trace_rl.step_metrics import learner_work, rollout_metrics, route_metrics, staleness_metrics, teacher_metrics
 from trace_rl.training_batch import Evidence, training_batch
@@ -109,17 +109,25 @@ def test_teacher_metrics_by_hand() -> None:
     # sent: F(4 + 3, 2) = 70 + 98 + 40 = 208, F(3 + 4, 2) = 208. In full: F(4 + 6, 6) = 100 + 200 + 120 = 420,
     # F(3 + 4, 4) = 70 + 98 + 80 = 248, and behind the student's prompt of 2 tokens
     # F(2 + 10, 10) = 120 + 288 + 200 = 608 and F(2 + 4, 4) = 60 + 72 + 80 = 212
-    assert teacher_metrics(routed, requests, rows, 1, [shape]) == {
+    assert teacher_metrics(routed, requests, rows, 1, TeacherCost((shape,))) == {
         "teacher/flops_saved_frac": pytest.approx(1 - 416 / (420 + 248 + 608 + 212)),
         "teacher/forward_tokens": 14.0,
         "teacher/state_bytes": 4 * 2 * 4.0,
     }
+    # F(3, 0) = 30 + 18 of a prompt of 4 tokens that two requests have is done once where prompts are shared
+    twice, cost = [asked(0, 4, [1, 2])[0], asked(1, 4, [2, 3])[0]], TeacherCost((shape,), shares_prompts=True)
+    apart = teacher_metrics(routed, twice, rows, 1, TeacherCost((shape,)))
+    together = teacher_metrics(routed, twice, rows, 1, cost)
+    # F(4 + 3, 2) = 208, F(4 + 4, 2) = 80 + 128 + 40 = 248. In full: 420, F(4 + 4, 4) = 80 + 128 + 80 = 288, 608, 212
+    assert apart["teacher/flops_saved_frac"] == pytest.approx(1 - 456 / 1528)
+    assert together["teacher/flops_saved_frac"] == pytest.approx(1 - (456 - 48) / 1528)
+    assert (apart["teacher/forward_tokens"], together["teacher/forward_tokens"]) == (15, 12)
     # two equal models do twice the work on both sides; a second view that was not asked makes F of student prompts
-    assert teacher_metrics(routed, requests, rows, 1, [shape] * 2) == teacher_metrics(
-        routed, requests, rows, 1, [shape]
+    assert teacher_metrics(routed, requests, rows, 1, TeacherCost((shape, shape))) == teacher_metrics(
+        routed, requests, rows, 1, TeacherCost((shape,))
     )
     # F(2 + 6, 6) = 80 + 128 + 120 = 328 and F(2 + 4, 4) = 212 for the two that were sent in the first view only
-    two_views = teacher_metrics(routed, requests, rows, 2, [shape])
+    two_views = teacher_metrics(routed, requests, rows, 2, TeacherCost((shape,)))
     assert two_views["teacher/flops_saved_frac"] == pytest.approx(1 - 416 / (1488 + 328 + 212 + 608 + 212))
 
 
@@ -138,14 +146,14 @@ def test_a_teacher_that_was_not_asked_was_spared_everything() -> None:
     shape = TransformerShape(5, 1, 1, 2, 5)
     nothing = {"teacher/flops_saved_frac": 1.0, "teacher/forward_tokens": 0.0, "teacher/state_bytes": 0.0}
     routed = route_rollouts(ROLLOUTS, TRACE, 0)
-    assert teacher_metrics(routed, [], [], 0, [shape]) == nothing  # lambda is 0
-    assert teacher_metrics(routed, [], [], 1, [shape]) == nothing  # nobody found a span
-    assert teacher_metrics([], [], [], 1, [shape]) == nothing
-    assert teacher_metrics(routed, [], [], 0, []) == {}
+    assert teacher_metrics(routed, [], [], 0, TeacherCost((shape,))) == nothing  # lambda is 0
+    assert teacher_metrics(routed, [], [], 1, TeacherCost((shape,))) == nothing  # nobody found a span
+    assert teacher_metrics([], [], [], 1, TeacherCost((shape,))) == nothing
+    assert teacher_metrics(routed, [], [], 0, TeacherCost()) == {}
 
 
 def test_scoring_everything_spares_nothing() -> None:
     shape = TransformerShape(5, 1, 1, 2, 5)
     routed = route_rollouts(ROLLOUTS[:2], TRACE, 0)
     requests, rows = zip(asked(0, 4, list(range(6))), asked(1, 3, list(range(4))), strict=True)
-    assert teacher_metrics(routed, requests, rows, 1, [shape])["teacher/flops_saved_frac"] == 0.0
+    assert teacher_metrics(routed, requests, rows, 1, TeacherCost((shape,)))["teacher/flops_saved_frac"] == 0.0

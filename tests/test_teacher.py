@@ -10,7 +10,7 @@ from trace_rl.config.roles import Model
 from trace_rl.config.teacher import Ema, External, Frozen, Live, Periodic, TrustRegion
 from trace_rl.config.teacher import Teacher as TeacherSettings
 from trace_rl.errors import CheckpointError, DeadlineError, ModelError, WorkerError
-from trace_rl.flops import TransformerShape
+from trace_rl.flops import TeacherCost, TransformerShape
 from trace_rl.states import BFLOAT16, states_tensor
 from trace_rl.token_layout import Padded
 from trace_rl.workers.policy_model import final_hidden
@@ -95,6 +95,51 @@ def test_batching_and_padding_change_nothing_and_order_is_kept(teacher):
     assert [rows.key.sample for rows in together] == list(range(7))
     for one, rows in zip(requests, together, strict=True):
         np.testing.assert_allclose(teacher.score([one])[0].hidden, rows.hidden, atol=1e-5)
+
+
+class Reads:
+    """Positions that a model's layers compute, by pass."""
+
+    def __init__(self, model):
+        self.positions = []
+        model.get_decoder().register_forward_pre_hook(
+            lambda _, args, given: self.positions.append(given["input_ids"].numel()), with_kwargs=True
+        )
+
+
+@pytest.mark.parametrize("weights", [Periodic(), TrustRegion()], ids=["one_model", "two_models"])
+def test_a_prompt_that_several_samples_have_is_read_once(model_folder, weights):
+    teacher, random = make_teacher(model_folder, weights), np.random.default_rng(1)
+    prompts = [random.integers(0, 97, length) for length in (9, 12, 4)]
+    # group sizes 4, 3 and 1: the last has nothing to share; a prompt of one token, twice, has nothing either
+    requests = [
+        request(number, prompt, random.integers(0, 97, length), positions, ("states", "logprobs", "entropy"))
+        for number, (prompt, length, positions) in enumerate(
+            [
+                (prompts[0], 6, [0, 5]),
+                (prompts[1], 7, [6]),
+                (prompts[0], 1, [0]),
+                (prompts[2], 3, [1, 2]),
+                (prompts[1], 5, [0, 1, 4]),
+                (prompts[0], 10, [2, 9]),
+                (prompts[1], 2, [1]),
+                (prompts[0], 8, [7]),
+                ([3], 3, [0, 2]),
+                ([3], 4, [3]),
+            ]
+        )
+    ]
+    reads = [Reads(model) for model in teacher._models]
+    together = teacher.score(requests)
+    sizes = [sum(each.positions) for each in reads]
+    assert [rows.key.sample for rows in together] == list(range(10))
+    for one, rows in zip(requests, together, strict=True):
+        (alone,) = teacher.score([one])
+        np.testing.assert_array_equal(rows.positions, one.positions)
+        for name in ("hidden", "logprobs", "entropy"):
+            np.testing.assert_allclose(getattr(rows, name), getattr(alone, name), atol=2e-5)
+    # 8 + 11 of the prompts, 39 behind them, 7 + 4 + 5 alone; padding may take as much again
+    assert all(74 <= size <= 110 for size in sizes)
 
 
 def test_loaded_weights_and_saved_weights_are_what_is_scored_with(teacher, tmp_path):
@@ -423,4 +468,4 @@ def test_the_shape_is_that_of_each_model(model_folder, weights, num_models):
     # and the last norm
     layer = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 96 + 2 * 64 + 2 * 32
     expected = TransformerShape(2 * layer + 64, num_layers=2, attention_width=64, hidden=64, vocab=VOCAB)
-    assert make_teacher(model_folder, weights).shapes() == [expected] * num_models
+    assert make_teacher(model_folder, weights).cost() == TeacherCost((expected,) * num_models, shares_prompts=True)

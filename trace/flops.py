@@ -37,3 +37,13 @@ class TransformerShape:
         attention = 2 * self.num_layers * self.attention_width * length**2
         head = 2 * self.hidden * self.vocab * num_head_rows
         return layers + attention + head
+
+
+@dataclass(frozen=True)
+class TeacherCost:
+    """What the work of a teacher depends on, beside its requests."""
+
+    shapes: tuple[TransformerShape, ...] = ()
+    """Of the models that every request runs through; none without a teacher."""
+    shares_prompts: bool = False
+    """Whether a prompt that several requests have is computed once."""

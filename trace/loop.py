@@ -23,7 +23,7 @@ from trace_rl.collapse import CollapseDetector
 from trace_rl.config.run import RunConfig
 from trace_rl.diagnostics import Exposure, measured_step
 from trace_rl.errors import PreemptedError, TrainingError, WeightSyncError
-from trace_rl.flops import TransformerShape
+from trace_rl.flops import TeacherCost, TransformerShape
 from trace_rl.prompts import PromptEncoder
 from trace_rl.protocols import (
     Annotator,
@@ -64,7 +64,7 @@ class Roles:
     grader: Grader
     annotator: Annotator
     teacher: Teacher
-    teacher_shapes: Sequence[TransformerShape]
+    teacher_cost: TeacherCost
     """Of the teacher's models, by which its work is counted; empty where the run has no teacher."""
     learner: Learner
     policy_shape: TransformerShape
@@ -176,7 +176,7 @@ def _ask_teacher(
         roles.teacher.refresh(step)
     requests = roles.encoder.teacher_requests(routed, views)
     rows = roles.teacher.score(requests)
-    cost = teacher_metrics(routed, requests, rows, len(views), roles.teacher_shapes)
+    cost = teacher_metrics(routed, requests, rows, len(views), roles.teacher_cost)
     return Evidence(views, {(item.key, item.view): item for item in rows}), cost
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from trace_rl.batch import GradedRollout, RoutedRollout, TeacherRequest, TeacherRows, TrainingBatch
 from trace_rl.config.algorithm import Algorithm
-from trace_rl.flops import TransformerShape
+from trace_rl.flops import TeacherCost, TransformerShape
 
 
 def rollout_metrics(sampled: Sequence[GradedRollout], num_trained: int) -> dict[str, float]:
@@ -97,7 +97,7 @@ def teacher_metrics(
     requests: Sequence[TeacherRequest],
     rows: Sequence[TeacherRows],
     num_views: int,
-    shapes: Sequence[TransformerShape],
+    cost: TeacherCost,
 ) -> dict[str, float]:
     """What asking the teacher took, and what was spared by asking for routed tokens only; nothing without a teacher.
 
@@ -105,34 +105,42 @@ def teacher_metrics(
     1 where the teacher was not asked. Projections count on both sides, once for each token that is read: those of
     states run on the learner, those of log-probs and entropies on the teacher. Where a rollout was not sent, its
     privileged prompt was never made and the student's is counted for it, so the share is rather too small. Padding,
-    and what ranked routes project again on the learner to choose their tokens, is left out.
+    and what ranked routes project again on the learner to choose their tokens, is left out. Of a prompt that is
+    computed once for several requests all but the last token counts once among the requests.
 
     Args:
         routed: the rollouts that are trained on, when the requests were made of them.
         num_views: the views of the step; 0 where no active route reads the teacher.
-        shapes: of the teacher's models, each of which runs every request.
+        cost: of the teacher.
     """
-    if not shapes:
+    if not cost.shapes:
         return {}
     prompts = {(request.key, request.view): len(request.teacher_prompt_token_ids) for request in requests}
     tokens = [len(request.teacher_prompt_token_ids) + len(request.token_ids) for request in requests]
+    again = _read_again(requests) if cost.shares_prompts else []
+    rows_read = [len(request.positions) for request in requests]
     spent = sum(
-        shape.forward_flops(length, len(request.positions))
-        for request, length in zip(requests, tokens, strict=True)
-        for shape in shapes
+        sum(map(shape.forward_flops, tokens, rows_read)) - sum(shape.forward_flops(length, 0) for length in again)
+        for shape in cost.shapes
     )
     in_full = sum(
         shape.forward_flops(prompt + item.member.length, item.member.length)
         for view in range(num_views)
         for item in routed
         for prompt in [prompts.get((item.key, view), len(item.member.rollout.prompt_token_ids))]
-        for shape in shapes
+        for shape in cost.shapes
     )
     return {
         "teacher/flops_saved_frac": 1 - spent / in_full if requests else 1.0,
-        "teacher/forward_tokens": float(sum(tokens)),
+        "teacher/forward_tokens": float(sum(tokens) - sum(again)),
         "teacher/state_bytes": float(sum(item.hidden.nbytes for item in rows)),
     }
+
+
+def _read_again(requests: Sequence[TeacherRequest]) -> list[int]:
+    """Lengths of the beginnings that another request has as well; the last token of a prompt is never among them."""
+    count = Counter(request.teacher_prompt_token_ids for request in requests)
+    return [len(prompt) - 1 for prompt, times in count.items() for _ in range(times - 1)]
 
 
 def learner_work(batch: TrainingBatch, shape: TransformerShape) -> dict[str, float]:

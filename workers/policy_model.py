@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from trace_rl.config.learner import LearnerSettings
@@ -116,11 +116,23 @@ def check_head(policy: PreTrainedModel, name: str, setting: str = "model.path") 
         )
 
 
-def final_hidden(policy: PreTrainedModel, grid: TokenGrid) -> Float[Tensor, "batch time hidden"]:
-    """Hidden states after the last norm: what the output head reads."""
+def final_hidden(
+    policy: PreTrainedModel, grid: TokenGrid, cache: DynamicCache | None = None
+) -> Float[Tensor, "batch time hidden"]:
+    """Hidden states after the last norm: what the output head reads.
+
+    Args:
+        cache: keys and values of what stands before the grid, whose mask then covers both; the grid's are added.
+    """
     # without a mask transformers tells sequences apart by their position ids
     apart = _run_borders(policy, grid) if grid.runs else {"attention_mask": grid.attention_mask}
-    output = policy.get_decoder()(input_ids=grid.input_ids, position_ids=grid.position_ids, use_cache=False, **apart)
+    output = policy.get_decoder()(
+        input_ids=grid.input_ids,
+        position_ids=grid.position_ids,
+        past_key_values=cache,
+        use_cache=cache is not None,
+        **apart,
+    )
     return output.last_hidden_state
 
 

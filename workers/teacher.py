@@ -13,7 +13,8 @@ Invariants:
 * The state of a resumed teacher equals that of the uninterrupted one: what depends on earlier steps is saved, all else
   is made again from the start weights and the policy.
 
-Rollouts without routed tokens are never sent, and sequences end behind their last wanted token.
+Rollouts without routed tokens are never sent, sequences end behind their last wanted token, and a prompt that several
+of them have is computed once (`trace_rl.workers.shared_prompts`).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from trace_rl.config.roles import Model
 from trace_rl.config.teacher import Teacher as TeacherSettings
 from trace_rl.config.teacher import TeacherWeights
 from trace_rl.errors import CheckpointError, DeadlineError, ModelError, TraceError, WorkerError
-from trace_rl.flops import TransformerShape
+from trace_rl.flops import TeacherCost
 from trace_rl.protocols import StoredFile
 from trace_rl.reply_checks import rows_fault
 from trace_rl.states import states_array
@@ -47,6 +48,7 @@ from trace_rl.workers.idle import IdleMeter
 from trace_rl.workers.life import new_life
 from trace_rl.workers.policy_model import final_hidden, head_weight, is_flash, load_policy, transformer_shape
 from trace_rl.workers.revival import RestartedError, life_of
+from trace_rl.workers.shared_prompts import can_share, continued, shared
 from trace_rl.workers.waiting import wait_for
 
 Result = TypeVar("Result")
@@ -93,6 +95,7 @@ class TeacherModel:
             load_policy(start, self._device, setting).eval().requires_grad_(False) for _ in settings.weights.shares()
         ]
         self._layout = Packed() if is_flash(self._models[0]) else Padded()
+        self._shares_prompts = can_share(self._models)
         found = len(head_weight(self._models[0]))
         if found < vocab_size:
             raise ModelError(
@@ -121,16 +124,25 @@ class TeacherModel:
             raise RestartedError("the teacher died and was started again")
         return getattr(self, method)(*args)
 
-    def shapes(self) -> list[TransformerShape]:
-        """Of each model that a request runs through, with the part of its head that is used."""
-        return [transformer_shape(model, self._vocab_size) for model in self._models]
+    def cost(self) -> TeacherCost:
+        """Of a request, with the part of the head that is used."""
+        shapes = [transformer_shape(model, self._vocab_size) for model in self._models]
+        return TeacherCost(tuple(shapes), self._shares_prompts)
 
     def score(self, requests: Sequence[TeacherRequest]) -> list[TeacherRows]:
         """One forward per model and batch of similar lengths; returns rows in the order of the requests."""
+        sharing = shared(requests) if self._shares_prompts else []
+        alone = sorted(set(range(len(requests))) - set(sharing))
         rows: dict[int, TeacherRows] = {}
-        for indices in self._layout.batches([_length(request) for request in requests], self._max_tokens):
-            batch = [requests[index] for index in indices]
-            rows |= dict(zip(indices, self._score_batch(batch), strict=True))
+        for number, states in continued(
+            self._models, [requests[index] for index in sharing], self._max_tokens, self._device
+        ):
+            request = requests[sharing[number]]
+            wanted = torch.from_numpy(request.positions).to(self._device)
+            rows[sharing[number]] = self._rows(request, [each[wanted] for each in states])
+        for numbers in self._layout.batches([_length(requests[index]) for index in alone], self._max_tokens):
+            indices = [alone[number] for number in numbers]
+            rows |= dict(zip(indices, self._score_batch([requests[index] for index in indices]), strict=True))
         return [rows[index] for index in range(len(requests))]
 
     def load_bucket(self, bucket: dict[str, Tensor], rate: float) -> None:
@@ -274,9 +286,10 @@ class RayTeacher:
         self.idle = IdleMeter()
         self._life = life_of(actor, _NAME, start_timeout_s)
 
-    def shapes(self) -> list[TransformerShape]:
-        """Of the models that every request runs through."""
-        return self._call("shapes", doing="counting its parameters")
+    def cost(self) -> TeacherCost:
+        """Of a request."""
+        found: TeacherCost = self._call("cost", doing="counting its parameters")
+        return found
 
     def refresh(self, step: int) -> bool:
         """Move the teacher's weights toward the policy's as their kind asks for, once before a step is scored."""

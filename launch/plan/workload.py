@@ -89,7 +89,7 @@ class Workload:
     prompt_tokens: float
     responses: Lengths
     context_tokens: float
-    """By how much the teacher's prompts are longer."""
+    """By how much the teacher's prompts are longer; below 0 where samples share a prompt that is computed once."""
     routed_rollouts_frac: float
     routed_tokens_frac: float
     """Of all response tokens."""
