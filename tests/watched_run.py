@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -121,13 +121,19 @@ class WatchedRun:
         folder.mkdir()
         deadline = time.monotonic() + timeout_s
         while self._process.poll() is None and time.monotonic() < deadline:
-            for path in self.temporary.glob("**/session_*/logs/**/*"):
+            for path in self._logs():
                 kept = folder / path.name
                 if path.is_file() and not path.is_symlink() and not kept.exists():
                     with contextlib.suppress(FileNotFoundError):  # removed meanwhile
                         os.link(path, kept)
             time.sleep(0.05)
         return self.wait(max(0.0, deadline - time.monotonic()))
+
+    def _logs(self) -> Iterator[Path]:
+        """Files in the logs of Ray's sessions, links of folders not followed; what is removed meanwhile is no error."""
+        for above, _, names in os.walk(self.temporary):
+            if any(part.startswith("session_") for part in Path(above).parts) and "logs" in Path(above).parts:
+                yield from (Path(above, name) for name in names)
 
     def kill(self) -> None:
         """SIGKILL to every process of the command."""
