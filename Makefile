@@ -41,7 +41,7 @@ test: setup  ## every test that is not marked slow
 	$(BIN)/python -m pytest -m "not slow"
 
 test-kills: setup  ## ten kills at random moments of real runs, which must end with the weights of a run without
-	$(BIN)/python benchmarks/kill_anywhere.py --kills 10 --kills-per-run 5
+	$(BIN)/python benchmarks/kill_anywhere.py --kills 10 --kills-per-run 10
 
 soak: setup  ## half an hour of the demo, whose memory, file handles and threads must not grow
 	$(BIN)/python benchmarks/soak.py

@@ -71,6 +71,7 @@ def test_the_table_says_n_k_and_intervals_and_equal_weights_do_not_differ(whole:
     assert "| copy | arithmetic-longer | 24 | 2 | +0.0 | 1.0000 | 1.0000 |" in printed
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_was_killed_goes_on_and_repeats_no_finished_sample(whole: Path, tmp_path: Path) -> None:
     write_letters(tmp_path)
     folder = tmp_path / "evaluations/task--arithmetic"

@@ -104,6 +104,7 @@ def test_what_one_sees(trace_run):
     assert (folder / "run.log").is_file()
 
 
+@pytest.mark.slow  # as is a run without kills beside those with some in `make test-kills`
 def test_one_seed_gives_one_run(trace_run, tmp_path):
     folder, _ = trace_run
     trace_rl("train", folder / "config.yaml", cwd=tmp_path)

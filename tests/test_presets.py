@@ -28,13 +28,9 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PRESETS = sorted(file.stem for file in (CONFIGS / "methods").glob("*.yaml"))
-COVERED = {
-    *("cispo", "dr_grpo", "opd", "opsd", "reinforce_pp_baseline", "sft", "srpo", "tip"),
-    *("trace_all_token", "trace_asymmetric", "trace_fkl", "trace_inverted", "trace_no_label", "trace_random"),
-    *("trace_reproduction", "trace_rkl"),
-    *("grpo", "gspo", "reinforce_pp", "rloo"),  # beside grpo: an advantage or a policy gradient, see test_invariance.py
-}
-"""Presets all parts of which run in another one, or in the tests of the whole pipeline: with the slow tests."""
+QUICK = {"dapo", "minillm", "sdpo", "trace_both"}
+"""Presets that have most kinds of parts between them; the others are with the slow tests. All of them train on synthetic
+rollouts in test_invariance.py."""
 STEPS = 3
 REPEATS = 4
 SMALL = [
@@ -143,7 +139,7 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "preset", [pytest.param(name, marks=[pytest.mark.slow] if name in COVERED else []) for name in PRESETS]
+    "preset", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in PRESETS]
 )
 def test_a_preset_takes_three_real_steps_and_lowers_its_loss(
     preset: str, shared: Shared, other_model: Path, tmp_path: Path
