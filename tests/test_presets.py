@@ -29,8 +29,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 CONFIGS = Path(__file__).parent.parent / "configs"
 PRESETS = sorted(file.stem for file in (CONFIGS / "methods").glob("*.yaml"))
 QUICK = {"dapo", "minillm", "sdpo", "trace_both"}
-"""Presets that have most kinds of parts between them; the others are with the slow tests. All of them train on synthetic
-rollouts in test_invariance.py."""
+"""Most kinds of parts between them; the others are slow tests. All train on synthetic rollouts (test_invariance.py)."""
 STEPS = 3
 REPEATS = 4
 SMALL = [
