@@ -54,8 +54,12 @@ class LaunchedRun:
         except subprocess.TimeoutExpired:
             code, what = -1, f"took longer than {limit_s:.0f} s"
         if code:
-            end = self.printed.read_text(encoding="utf-8", errors="replace")[-2000:]
-            raise RuntimeError(f"the run {what}:\n{end}")
+            raise RuntimeError(f"the run {what}:\n{self.last_words}")
+
+    @property
+    def last_words(self) -> str:
+        """The end of what it printed."""
+        return self.printed.read_text(encoding="utf-8", errors="replace")[-2000:]
 
     def processes(self) -> dict[int, str]:
         """Process id -> its title."""

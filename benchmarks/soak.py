@@ -129,14 +129,17 @@ def watch(run: LaunchedRun, folder: RunFolder, seconds: float) -> dict[str, list
     begun_by = time.monotonic() + START_S
     while not folder.metrics.exists():
         if run.driver.poll() is not None or time.monotonic() > begun_by:
-            raise RuntimeError(f"the run has measured nothing within {START_S:.0f} s, or ended")
+            code = run.driver.returncode
+            what = f"has measured nothing within {START_S:.0f} s" if code is None else f"ended with exit code {code}"
+            raise RuntimeError(f"the run {what}:\n{run.last_words}")
         time.sleep(1)
     started, first = time.monotonic(), run.roles()
     stores = [pid for pid, title in run.processes().items() if "raylet/raylet" in title]
     found: dict[str, list[Sample]] = {role: [] for role in first} | {"object store": []}
     while (at_s := time.monotonic() - started) < seconds:
         if run.driver.poll() is not None:
-            raise RuntimeError(f"the run ended after {at_s:.0f} s with exit code {run.driver.returncode}")
+            code = run.driver.returncode
+            raise RuntimeError(f"the run ended after {at_s:.0f} s with exit code {code}:\n{run.last_words}")
         if run.roles() != first:
             raise RuntimeError(f"after {at_s:.0f} s its roles are {run.roles()}, at first they were {first}")
         for role, sample in [
