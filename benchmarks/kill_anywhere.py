@@ -3,9 +3,10 @@
     python benchmarks/kill_anywhere.py [--kills 50] [--seed 0] [--max-staleness 0] [--out benchmarks/results]
 
 A run without kills gives the reference. Each further run has several of its processes killed: an engine, a rank of the
-learner, the teacher, the rewarder, the annotator or the driver, whichever live at that moment, each kind as likely. A
-run whose driver died, or that gave up, is started again with run.resume=auto, as a scheduler would do. In the end its
-weights must be those of the reference bit for bit, and its ledger must show every prompt trained on exactly once.
+learner, the teacher, the rewarder, the annotator or the driver, each kind as likely, and where there is none yet, as soon
+as there is one. A run whose driver died, or that gave up, is started again with run.resume=auto, as a scheduler would
+do. In the end its weights must be those of the reference bit for bit, and its ledger must show every prompt trained on
+exactly once.
 With --max-staleness above 0 rollouts run ahead of the learner and depend on time; there only the prompts are compared.
 """
 
@@ -25,13 +26,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from launched_run import LaunchedRun, final_weights, launched
+from launched_run import DRIVER, PROCESSES, LaunchedRun, final_weights, launched
 from report import describe_machine, one_line, publish
 
 from trace_rl.launch.ledger import read_ledger
 from trace_rl.ledger import audit
 
 STEPS, PROMPTS = 24, 4
+ROLES = sorted([DRIVER, *PROCESSES])
 SMALL = [
     f"run.steps={STEPS}",
     "run.checkpoint_every=4",
@@ -88,25 +90,27 @@ def _launch(
     """Start the command once; its exit status, when all of its processes are gone."""
     printed = folder.with_suffix(".log")
     with launched(folder, [*SMALL, *settings, "run.resume=auto"], printed) as launch:
-        while launch.driver.poll() is None:
-            wait_s = rng.uniform(0, gap_s) if len(run.kills) < kills else 1.0
-            try:
-                launch.driver.wait(wait_s)
-            except subprocess.TimeoutExpired:
+        for role in rng.choices(ROLES, k=kills - len(run.kills)):
+            if _ends_within(launch, rng.uniform(0, gap_s)):
+                break
+            while not (pids := launch.roles().get(role)) and not _ends_within(launch, 0.2):
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"a run did not end; see {printed}") from None
-                if len(run.kills) < kills:
-                    run.kills.append(_kill_one(launch, rng))
+                    raise TimeoutError(f"a run has no {role}; see {printed}")
+            if pids:
+                with contextlib.suppress(ProcessLookupError):  # it ended at that very moment, which is the same
+                    os.kill(rng.choice(pids), signal.SIGKILL)
+                run.kills.append(role)
+        if not _ends_within(launch, max(0.0, deadline - time.monotonic())):
+            raise TimeoutError(f"a run did not end; see {printed}")
         return launch.driver.wait()
 
 
-def _kill_one(launch: LaunchedRun, rng: random.Random) -> str:
-    """SIGKILL to a process of a role; returns the role."""
-    roles = launch.roles()
-    role = rng.choice(sorted(roles))
-    with contextlib.suppress(ProcessLookupError):  # it ended at that very moment, which is the same
-        os.kill(rng.choice(roles[role]), signal.SIGKILL)
-    return role
+def _ends_within(launch: LaunchedRun, seconds: float) -> bool:
+    try:
+        launch.driver.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def campaign(kills: int, seed: int, kills_per_run: int, settings: Sequence[str] = ()) -> tuple[Run, list[Run]]:
