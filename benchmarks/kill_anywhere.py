@@ -3,10 +3,10 @@
     python benchmarks/kill_anywhere.py [--kills 50] [--seed 0] [--max-staleness 0] [--out benchmarks/results]
 
 A run without kills gives the reference. Each further run has several of its processes killed: an engine, a rank of the
-learner, the teacher, the rewarder, the annotator or the driver, each kind as likely, and where there is none yet, as soon
-as there is one. A run whose driver died, or that gave up, is started again with run.resume=auto, as a scheduler would
-do. In the end its weights must be those of the reference bit for bit, and its ledger must show every prompt trained on
-exactly once.
+learner, the teacher, the rewarder, the annotator or the driver, each kind as likely, and where there is none yet, then
+as soon as there is one. A run whose driver died, or that gave up, is started again with run.resume=auto, as a scheduler
+would do. In the end its weights must be those of the reference bit for bit, and its ledger must show every prompt
+trained on exactly once.
 With --max-staleness above 0 rollouts run ahead of the learner and depend on time; there only the prompts are compared.
 """
 
