@@ -314,6 +314,10 @@ def test_the_teacher_costs_a_model_for_each_share_and_an_average_on_the_cpu(larg
     mixed = large_plan(large, route, "teacher.weights={type: trust_region}").forecast
     assert items_of(mixed.of("the teacher"))["weights of 2 models"] == 4 * QWEN3_8B_PARAMETERS
     assert items_of(mixed.of("learner rank 0"))["the teacher's head"] == 2 * 2 * 151_936 * 4096
+    assert "keys and values of shared prompts" not in items_of(mixed.of("the teacher"))
+    # without flash attention 16,384 tokens twice: keys and values of 8 heads of 128 in 36 layers, 2 bytes each
+    plain = large_plan(large, route, "model.attention=sdpa").forecast.of("the teacher")
+    assert items_of(plain)["keys and values of shared prompts"] == 2 * 16_384 * 2 * 8 * 128 * 36 * 2
     average = large_plan(large, route, "teacher.weights={type: ema}").forecast.of("the teacher")
     assert items_of(average)["float32 average"] == 4 * QWEN3_8B_PARAMETERS
     # 256 completions of 4,096 tokens, 4,096 values of 2 bytes each

@@ -258,6 +258,9 @@ def teacher_memory(config: RunConfig, shape: ModelShape, roles: tuple[str, ...])
         Item("weights" if models == 1 else f"weights of {models} models", models * shape.weights.nbytes),
         Item("activations", layer, is_exact=False),
     ]
+    if not shape.is_flash and sampling.samples_per_prompt > 1:  # of prompts, and of a batch that goes on from them
+        cached = 2 * config.teacher.max_tokens_per_batch * 2 * shape.key_width * value * shape.num_layers
+        items.append(Item("keys and values of shared prompts", models * cached, is_exact=False))
     if config.algorithm.reads & {"logprobs", "entropy"}:
         items.append(Item("logits", (models + 2) * 4 * _ROWS_PER_PRODUCT * shape.vocab, is_exact=False))
     if weights.is_average:
