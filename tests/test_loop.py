@@ -209,6 +209,7 @@ class Checkpoints:
         self.learner, self.saved = learner, {}
 
     def save(self, step, position, pending):
+        assert step not in self.saved, "a checkpoint is never written over"
         self.saved[step] = (self.learner.weights.copy(), position, pending)
 
 
@@ -401,6 +402,17 @@ def test_a_run_that_is_told_to_end_leaves_a_checkpoint_that_reaches_the_same_wei
     assert resumed.journal.evaluations[7] == whole.journal.evaluations[7]
     assert resumed.journal.evaluations[4] == whole.journal.evaluations[4], "a skipped evaluation is made up for"
     assert audit(account.records).is_exact and audit(account.records).trained == 28
+
+
+@pytest.mark.parametrize("checkpoint_every", [3, 4])
+def test_a_run_that_is_told_to_end_while_it_evaluates_writes_one_checkpoint_of_that_step(checkpoint_every):
+    run = {"steps": 7, "checkpoint_every": checkpoint_every}
+    config, engine = configured(steps=7, evaluation={"every": 4, "num_prompts": 8}, run=run), Slow()
+    roles = make_roles(config, sampler=engine)
+    roles = replace(roles, generator=engine, weight_sync=Sync(roles.learner, engine))
+    with pytest.raises(PreemptedError, match="while step 4 waited"):
+        train(config, roles, is_told_to_end=lambda: 4 in roles.journal.evaluations)
+    assert max(roles.checkpoints.saved) == 4
 
 
 def test_a_run_that_is_told_to_end_before_its_first_step_is_over_has_nothing_to_keep():

@@ -104,11 +104,12 @@ def train(
     roles.weight_sync.sync(start_step)
     if not any(is_evaluation(record) and record["step"] == start_step for record in history):
         _evaluate_if_due(config, roles, detector, start_step)
+    kept = start_step
     for step in range(start_step, config.run.steps):
         try:
             metrics = _step(config, roles, supply, step)
         except PreemptedError:
-            if step > start_step:  # otherwise there is nothing new since the checkpoint
+            if step > kept:  # otherwise there is nothing new since that checkpoint
                 _checkpoint(roles, supply, step)
             raise
         detector.observe_step(step, metrics)
@@ -119,6 +120,7 @@ def train(
         is_last = done == config.run.steps or bool(collapse)
         if is_last or must_end or (config.run.checkpoint_every and done % config.run.checkpoint_every == 0):
             _checkpoint(roles, supply, done)
+            kept = done
         if is_last:
             supply.close(done)
             roles.ledger.mark("ended", done)
