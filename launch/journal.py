@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 
 from trace_rl.batch import RoutedRollout, TokenFigures, TrainingBatch
 from trace_rl.config.roles import Logging
@@ -37,18 +38,12 @@ class RunJournal:
     @property
     def history(self) -> list[dict[str, float]]:
         """Everything recorded so far, in order; read from the file, so that a resumed run knows what came before it."""
-        if not self._folder.metrics.exists():
-            return []
-        return [json.loads(line) for line in self._folder.metrics.read_text(encoding="utf-8").splitlines()]
+        return list(self._records())
 
-    @property
+    @cached_property
     def evaluations(self) -> list[Evaluation]:
-        """Every evaluation in order."""
-        return [
-            Evaluation(int(record["step"]), record[PASS_AT_1], round(record["heldout/samples"]))
-            for record in self.history
-            if PASS_AT_1 in record
-        ]
+        """Every evaluation in order; the file is read once, for in a long run that takes time and memory."""
+        return [_evaluation(record) for record in self._records() if PASS_AT_1 in record]
 
     def score_at(self, step: int) -> float | None:
         """Held-out pass@1 after so many steps; None where it was not measured."""
@@ -73,8 +68,10 @@ class RunJournal:
         self._display.step(step, record)
 
     def log_evaluation(self, step: int, metrics: Metrics) -> None:
-        record = {**metrics, **self._take_stages()}
+        record, evaluations = {**metrics, **self._take_stages()}, self.evaluations
         self._write(step, record)
+        if PASS_AT_1 in record:
+            evaluations.append(_evaluation({"step": step, **record}))
         self._display.evaluation(step, record)
 
     def log_rollouts(
@@ -98,6 +95,11 @@ class RunJournal:
         for tracker in self._trackers:
             tracker.close()
 
+    def _records(self) -> Iterator[dict[str, float]]:
+        if self._folder.metrics.exists():
+            with self._folder.metrics.open(encoding="utf-8") as file:
+                yield from map(json.loads, file)
+
     def _take_stages(self) -> dict[str, float]:
         stages, self._stages = self._stages, {}
         return stages
@@ -107,3 +109,8 @@ class RunJournal:
             file.write(json.dumps({"step": step, **record}) + "\n")
         for tracker in self._trackers:
             tracker.log(step, record)
+
+
+def _evaluation(record: Metrics) -> Evaluation:
+    """What a record of a held-out evaluation says."""
+    return Evaluation(int(record["step"]), record[PASS_AT_1], round(record["heldout/samples"]))

@@ -163,6 +163,15 @@ def test_evaluations_are_kept_for_the_summary(tmp_path: Path) -> None:
     assert journal.evaluations == [(0, 0.25, 64), (20, 0.75, 64)]
 
 
+def test_scores_are_told_without_reading_a_long_run_again(tmp_path: Path) -> None:
+    make_journal(tmp_path).log_evaluation(0, HELDOUT)
+    resumed = make_journal(tmp_path)
+    assert resumed.score_at(0) == 0.25
+    resumed.log_evaluation(20, {**HELDOUT, "heldout/pass_at_1": 0.75})
+    (tmp_path / "metrics.jsonl").unlink()
+    assert (resumed.score_at(0), resumed.score_at(10), resumed.score_at(20)) == (0.25, None, 0.75)
+
+
 def test_a_resumed_run_still_knows_the_accuracy_of_the_base_model(tmp_path: Path) -> None:
     first = make_journal(tmp_path)
     first.log_evaluation(0, HELDOUT)
