@@ -8,6 +8,7 @@ Where LOST is a class of actors, the node of the first of them is killed once th
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -49,6 +50,8 @@ def main(nodes: list[dict[str, Any]], overrides: list[str], lost: str, target: P
     from ray.cluster_utils import Cluster
 
     with tempfile.TemporaryDirectory(prefix="sc", dir="/tmp") as folder:  # socket paths below it must stay short
+        os.environ["RAY_TMPDIR"] = folder  # Ray notes the address of a cluster where other users of it would look
+        (Path(folder) / "ray").mkdir()
         common = {"object_store_memory": 100 * 2**20, "include_dashboard": False}
         cluster = Cluster(initialize_head=True, head_node_args={**common, "temp_dir": folder, **nodes[0]})
         try:

@@ -221,15 +221,16 @@ def test_one_of_two_engines_that_is_killed_costs_its_start_and_a_step(
     tmp_path: Path, own_ray: None, crew: Crew
 ) -> None:
     """Not more than one start of an engine and one step, whereby the run itself goes on."""
+    import ray
     from test_hangs import give_seats_back
 
     give_seats_back()
-    two = Crew(tmp_path / "run", "generator.num_engines=2")
+    two = Crew(tmp_path / "run", "generator.num_engines=2", "placement.generator.num_cpus=0.5")
     with two.crew.watch:
         step_s = statistics.median(timed(two.step) for _ in range(4))
         engine = two.crew.roles.generator.engines[0]
-        pid, killed = process_of("GeneratorEngine"), time.monotonic()
-        before = life_of(engine, "the engine", 10)
+        pid = ray.get(engine.__ray_call__.remote(lambda _: os.getpid()), timeout=30)
+        before, killed = life_of(engine, "the engine", 10), time.monotonic()
         os.kill(pid, signal.SIGKILL)
         while life_of(engine, "the engine", 300) == before:
             time.sleep(0.1)
