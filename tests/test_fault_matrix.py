@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from ray.actor import ActorHandle
 from rich.console import Console
 
 from trace_rl.absent import AbsentLedger
@@ -37,7 +36,7 @@ from trace_rl.launch.roles import start_roles
 from trace_rl.launch.run_folder import RunFolder
 from trace_rl.loop import train
 from trace_rl.overlays import load_config
-from trace_rl.workers.revival import life_of
+from trace_rl.workers.generator import Recovery
 
 pytestmark = [pytest.mark.slow, pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -223,7 +222,7 @@ def test_a_garbled_answer_ends_the_step_and_names_the_role(
 def test_one_of_two_engines_that_is_killed_costs_its_start_and_a_step(
     tmp_path: Path, own_ray: None, crew: Crew
 ) -> None:
-    """Not more than the start of that very engine and one step, whereby the run itself goes on."""
+    """Not more than the start of that very engine, until its weights are proven, and one step; the run goes on."""
     from test_hangs import give_seats_back
 
     give_seats_back()
@@ -231,12 +230,13 @@ def test_one_of_two_engines_that_is_killed_costs_its_start_and_a_step(
     with two.crew.watch, ThreadPoolExecutor() as threads:
         step_s = statistics.median(timed(two.step) for _ in range(4))
         killed = process_of("GeneratorEngine")
-        (engine,) = (
-            engine
-            for engine in two.crew.roles.generator.engines
+        generator = two.crew.roles.generator
+        (index,) = (
+            index
+            for index, engine in enumerate(generator.engines)
             if ray.get(engine.__ray_call__.remote(lambda _: os.getpid()), timeout=30) == killed
         )
-        back = threads.submit(timed, partial(wait_for_another_life, engine, life_of(engine, "the engine", 30)))
+        back = threads.submit(timed, partial(wait_for_another_life, generator.recovery, index))
         took_s = timed(lambda: two.step(("kill", "engine")))
         start_s = back.result()
         print(f"a step {step_s:.1f} s, the engine was back after {start_s:.1f} s, the step took {took_s:.1f} s")
@@ -244,8 +244,10 @@ def test_one_of_two_engines_that_is_killed_costs_its_start_and_a_step(
         assert took_s - step_s <= start_s + step_s
 
 
-def wait_for_another_life(engine: ActorHandle, before: str) -> None:
-    while life_of(engine, "the engine", 300) == before:
+def wait_for_another_life(recovery: Recovery, index: int) -> None:
+    before, patience = recovery.life(index), time.monotonic() + 300
+    while recovery.life(index) == before:
+        assert time.monotonic() < patience, f"engine {index} does not come back"
         time.sleep(0.05)
 
 
