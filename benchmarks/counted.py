@@ -69,7 +69,7 @@ def workload_of(
         samples=config.sampling.samples_per_prompt,
         prompt_tokens=prompt_tokens,
         responses=replace(Lengths.of([length for step in lengths for length in step]), longest=longest),
-        context_tokens=asked - prompt_tokens - reach if routed else 0.0,
+        context_tokens=asked - prompt_tokens - reach if asked else 0.0,
         routed_rollouts_frac=len(routed) / len(taken),
         routed_tokens_frac=sum(len(positions) for _, positions in routed) / sum(length for length, _ in taken),
         routed_reach_frac=statistics.mean((max(p) + 1) / n for n, p in routed) if routed else 1.0,
