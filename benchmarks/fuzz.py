@@ -3,7 +3,7 @@
     python benchmarks/fuzz.py [--inputs 100000] [--seed 0] [--target config,data] [--out benchmarks/results]
 
 Inputs are drawn by hypothesis from `fuzz_targets`, in rounds with a seed each, so that a round can be repeated alone.
-Targets are read side by side, one process per core.
+Targets are read in parts, side by side, one process per core.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import traceback
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from itertools import repeat
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +25,8 @@ from report import describe_machine, one_line, publish
 
 ROUND = 5000
 """Inputs of one round; hypothesis draws fewer of a small strategy, so that there are as many rounds as it takes."""
+PARTS, SEEDS_OF_A_PART = 4, 1000
+"""A target is read by up to so many processes at a time, each with seeds of its own."""
 PACKAGES = ("hypothesis", "pydantic", "PyYAML")
 
 
@@ -78,11 +79,20 @@ def _be_quiet() -> None:
     logging.disable(logging.WARNING)  # a recording that is cut short is told of each time
 
 
-def _fuzzed(name: str, num_inputs: int, first_seed: int) -> dict[str, Any]:
+def _fuzzed(name: str, num_inputs: int, first_seed: int) -> tuple[Tally, float]:
     started = time.monotonic()
     tally = fuzz(TARGETS[name], num_inputs, first_seed)
     typer.echo(f"{name}: {tally.num_inputs} inputs, {tally.outcomes['unhandled']} unhandled", err=True)
-    return to_row(name, tally, time.monotonic() - started)
+    return tally, time.monotonic() - started
+
+
+def _together(parts: list[tuple[Tally, float]]) -> tuple[Tally, float]:
+    """All parts of a target, and their seconds."""
+    whole = Tally()
+    for tally, _ in parts:
+        whole.outcomes += tally.outcomes
+        whole.unhandled = tally.unhandled | whole.unhandled
+    return whole, sum(seconds for _, seconds in parts)
 
 
 def to_row(name: str, tally: Tally, seconds: float) -> dict[str, Any]:
@@ -124,14 +134,20 @@ def to_markdown(report: dict[str, Any]) -> str:
 
 def main(
     inputs: Annotated[int, typer.Option(min=1, help="Inputs of each target.")] = 100_000,
-    first_seed: Annotated[int, typer.Option("--seed", help="Of the first round.")] = 0,
+    first_seed: Annotated[int, typer.Option("--seed", help="Of the first round of the first part.")] = 0,
     target: Annotated[str, typer.Option(help="Targets, joined by commas.")] = ",".join(TARGETS),
     out: Annotated[Path | None, typer.Option(help="Folder for fuzz.json and .md.")] = None,
 ) -> None:
     """Fuzz, print, and write where --out says."""
-    names = target.split(",")
     with ProcessPoolExecutor(initializer=_be_quiet) as workers:
-        results = list(workers.map(_fuzzed, names, repeat(inputs), repeat(first_seed)))
+        parts = {
+            name: [
+                workers.submit(_fuzzed, name, -(-inputs // PARTS), first_seed + part * SEEDS_OF_A_PART)
+                for part in range(PARTS)
+            ]
+            for name in target.split(",")
+        }
+        results = [to_row(name, *_together([part.result() for part in each])) for name, each in parts.items()]
     report = {
         "command": f"python benchmarks/fuzz.py --inputs {inputs} --seed {first_seed} --target {target}",
         "machine": describe_machine(PACKAGES),

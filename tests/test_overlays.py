@@ -178,6 +178,8 @@ def test_values_with_an_equals_sign_stay_whole(write: Write) -> None:
         ("", ("run.steps",), "override 'run.steps' is not of the form section.key=value"),
         ("", ("run..steps=1",), "override 'run..steps=1' is not of the form section.key=value"),
         ("extends: gone.yaml\n", (), "gone.yaml, which "),
+        ("extends: '" + "long " * 900 + "'\n", (), "1.yaml extends, does not exist or cannot be read"),
+        ("extends: '" + "a/" * 900 + "b'\n", (), "1.yaml extends, does not exist or cannot be read"),
         ("extends: 3\n", (), "1.yaml:1: extends is 3; expected"),
         ("extends: 1.yaml\n", (), "1.yaml extends itself"),
         (ROUTE.replace("value", "valeu"), (), "1.yaml:6: unknown key algorithm.routes.first.schedule.valeu; did you"),

@@ -189,7 +189,8 @@ def _add_file(layers: Layers, file: Path, chain: tuple[Path, ...]) -> None:
         file = file.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a null byte, or links in a circle
         asked = f", which {chain[-1]} extends," if chain else ""
-        raise ConfigError(f"config file {str(file)!r}{asked} is no path ({first_line(error)}); correct it") from None
+        shown = short_repr(str(file))
+        raise ConfigError(f"config file {shown}{asked} is no path ({first_line(error)}); correct it") from None
     if file in chain:
         raise ConfigError(f"{file} extends itself through {' -> '.join(str(each) for each in (*chain, file))}")
     tree, lines = read_mapping(file, chain[-1] if chain else None)
