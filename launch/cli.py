@@ -215,7 +215,8 @@ def report(
     with explained():
         from trace_rl.launch.pages.report import write_report
 
-        typer.echo(f"{write_report(runs, group or [], out)} shows {len(runs)} runs; open it in a browser")
+        written = write_report(runs, group or [], out)
+        typer.echo(f"{written} shows {'1 run' if len(runs) == 1 else f'{len(runs)} runs'}; open it in a browser")
 
 
 @app.command()
