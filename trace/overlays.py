@@ -215,7 +215,8 @@ def _add_override(layers: Layers, override: str) -> None:
     try:
         value = read_value(text)
     except RecursionError:
-        raise ConfigError(f"override {dotted.strip()} has a value that is nested too deeply to be read") from None
+        shown = short_repr(dotted.strip())
+        raise ConfigError(f"override {shown} has a value that is nested too deeply to be read") from None
     # the place is the key alone: a value may be a secret that was given where none belongs
     _add_setting(layers, dotted.strip(), value, lambda mapping, key: f"override {dotted.strip()}")
 
