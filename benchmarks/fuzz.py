@@ -23,6 +23,8 @@ from fuzz_targets import ACCEPTED, TARGETS, Target, outcome
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from report import describe_machine, one_line, publish
 
+from trace_rl.errors import first_line
+
 ROUND = 5000
 """Inputs of one round; hypothesis draws fewer of a small strategy, so that there are as many rounds as it takes."""
 PARTS, SEEDS_OF_A_PART = 4, 1000
@@ -36,7 +38,7 @@ class Tally:
 
     outcomes: Counter[str] = field(default_factory=Counter)
     unhandled: dict[str, str] = field(default_factory=dict)
-    """The first input of each bug, by error and place."""
+    """The first input of each bug, by error, place and the beginning of its message."""
 
     @property
     def num_inputs(self) -> int:
@@ -69,7 +71,7 @@ def _read_round(target: Target, num_inputs: int, number: int, folder: Path, tall
         except Exception as error:
             tally.outcomes["unhandled"] += 1
             last = traceback.extract_tb(error.__traceback__)[-1]
-            place = f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}"
+            place = f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}: {first_line(error)[:60]}"
             tally.unhandled.setdefault(place, repr(given_input)[:500])
 
     read()

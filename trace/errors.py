@@ -34,7 +34,10 @@ class TraceError(Exception):
 
 
 class ConfigError(TraceError, ValueError):
-    """A setting is unknown, malformed or contradicts another one."""
+    """A setting is unknown, malformed or contradicts another one; a line that repeats a long one loses its middle."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("\n".join(_without_middle(line) for line in message.split("\n")))
 
 
 class DataError(TraceError):
@@ -96,6 +99,8 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 200
 _MAX_LINE_CHARS = 500
 """Of a foreign message: some repeat the whole input."""
+_MAX_OWN_LINE_CHARS = 800
+"""Of a message of ours: a key or a path may be of any length."""
 
 
 def short_repr(value: object) -> str:
@@ -107,3 +112,8 @@ def first_line(error: BaseException) -> str:
     """What a foreign error says, without the stacks and advice that some libraries put into their messages."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return line if len(line) <= _MAX_LINE_CHARS else f"{line[:_MAX_LINE_CHARS]}..."
+
+
+def _without_middle(line: str) -> str:
+    kept = _MAX_OWN_LINE_CHARS // 2
+    return line if len(line) <= _MAX_OWN_LINE_CHARS else f"{line[:kept]} ... {line[-kept:]}"

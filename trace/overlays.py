@@ -189,8 +189,7 @@ def _add_file(layers: Layers, file: Path, chain: tuple[Path, ...]) -> None:
         file = file.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a null byte, or links in a circle
         asked = f", which {chain[-1]} extends," if chain else ""
-        shown = short_repr(str(file))
-        raise ConfigError(f"config file {shown}{asked} is no path ({first_line(error)}); correct it") from None
+        raise ConfigError(f"config file {str(file)!r}{asked} is no path ({first_line(error)}); correct it") from None
     if file in chain:
         raise ConfigError(f"{file} extends itself through {' -> '.join(str(each) for each in (*chain, file))}")
     tree, lines = read_mapping(file, chain[-1] if chain else None)
@@ -215,8 +214,7 @@ def _add_override(layers: Layers, override: str) -> None:
     try:
         value = read_value(text)
     except RecursionError:
-        shown = short_repr(dotted.strip())
-        raise ConfigError(f"override {shown} has a value that is nested too deeply to be read") from None
+        raise ConfigError(f"override {dotted.strip()} has a value that is nested too deeply to be read") from None
     # the place is the key alone: a value may be a secret that was given where none belongs
     _add_setting(layers, dotted.strip(), value, lambda mapping, key: f"override {dotted.strip()}")
 
@@ -224,7 +222,7 @@ def _add_override(layers: Layers, override: str) -> None:
 def _add_setting(layers: Layers, dotted: str, value: Any, place_of: PlaceOf) -> None:
     *above, last = dotted.split(".")
     if len(above) >= _MAX_LEVELS:
-        raise ConfigError(f"{dotted[:60]}... names {len(above) + 1} levels; settings are a handful of levels deep")
+        raise ConfigError(f"{dotted} names {len(above) + 1} levels; settings are a handful of levels deep")
     tree: dict[str, Any] = {last: value}
     for key in reversed(above):
         tree = {key: tree}

@@ -15,8 +15,6 @@ import yaml
 from trace_rl.errors import ConfigError, short_repr
 
 _MERGE_TAG = "tag:yaml.org,2002:merge"
-_MAX_PATH_CHARS = 500
-"""Of a path in a message; what is longer is rather a text that stands where a path should."""
 _MAX_BITS = 256
 """Of a whole number; what is longer is no setting, and Python refuses to print it."""
 
@@ -103,8 +101,7 @@ def read_mapping(file: Path, asked_by: Path | None = None) -> tuple[dict[str, An
         asked = f", which {asked_by} extends," if asked_by else ""
         near = difflib.get_close_matches(file.name, [each.name for each in file.parent.glob("*.yaml")], n=1)
         hint = f"; did you mean {near[0]}?" if near else "; check the path"
-        shown = str(file) if len(str(file)) <= _MAX_PATH_CHARS else short_repr(str(file))
-        raise ConfigError(f"config file {shown}{asked} does not exist or cannot be read{hint}") from None
+        raise ConfigError(f"config file {file}{asked} does not exist or cannot be read{hint}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"config file {file} is not UTF-8 text ({error}); convert it to UTF-8") from None
     try:
