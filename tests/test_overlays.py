@@ -1,5 +1,6 @@
 """YAML overlays and dotted overrides: what wins, and one clear sentence with its place for every mistake."""
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -203,6 +204,7 @@ def test_values_with_an_equals_sign_stay_whole(write: Write) -> None:
         ("", ("run.steps=2001-99-99",), "override run.steps: run.steps is '2001-99-99'; input should be"),
         ("", ("run.steps=" + "[" * 2000,), "override run.steps has a value that is nested too deeply"),
         ("", ("a." * 2000 + "a=" + "[" * 2000,), "a.a has a value that is nested too deeply"),
+        ("", ("a\x1e\r\x85\u2028z=:",), "unknown key a\\x1e\\r\\x85\\u2028z; known keys here"),
         ("run: &a {steps: *a}\n", (), "1.yaml:1: not valid YAML (found unconstructable recursive node)"),
         ("", ("run=&a {steps: *a}",), "override run: run is '&a {steps: *a}'; input should be"),
         ("", ("teacher.weights.type=0x" + "f" * 5000,), "fff'; expected one of"),
@@ -243,3 +245,11 @@ def test_a_file_that_is_not_text_is_named(tmp_path: Path) -> None:
 def test_anchors_and_merge_keys_work(write: Write) -> None:
     config = load(write, "placement:\n  generator: &gpu {num_gpus: 1}\n  learner: {<<: *gpu, num_cpus: 3}\n")
     assert (config.placement.learner.num_gpus, config.placement.learner.num_cpus) == (1.0, 3.0)
+
+
+def test_a_refusal_is_told_alike_in_another_process() -> None:
+    refused = ConfigError("one\ntwo", "three " * 500)
+    first, second = str(refused).split("\n")
+    assert first == "one\\ntwo"
+    assert len(second) < 1000
+    assert str(pickle.loads(pickle.dumps(refused))) == str(refused)

@@ -72,7 +72,6 @@ ALLOWED = {
     ("benchmarks/annotation_overlap.py", "subprocess.Popen"): "this interpreter and a script of benchmarks/",
     ("benchmarks/annotation_overlap.py", "subprocess.run"): "this interpreter and trace-rl",
     ("benchmarks/bench.py", "subprocess.run"): "this interpreter and a script of benchmarks/",
-    ("benchmarks/bench_detects.py", "subprocess.Popen"): "this interpreter and a script of benchmarks/",
     ("benchmarks/report.py", "subprocess.run"): "git, of this working tree",
     ("benchmarks/gpu_check.py", "subprocess.run"): "nvidia-smi with constant arguments",
     ("benchmarks/race.py", "subprocess.Popen"): "another Python and a script of benchmarks/",

@@ -34,10 +34,17 @@ class TraceError(Exception):
 
 
 class ConfigError(TraceError, ValueError):
-    """A setting is unknown, malformed or contradicts another one; a line that repeats a long one loses its middle."""
+    """Settings are unknown, malformed or contradict each other.
 
-    def __init__(self, message: str) -> None:
-        super().__init__("\n".join(_without_middle(line) for line in message.split("\n")))
+    Args:
+        problems: a line each; what a user gave may stand in them as it is, whatever its length and characters.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__(*(_one_line(problem) for problem in problems))
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
 
 
 class DataError(TraceError):
@@ -101,6 +108,7 @@ _MAX_LINE_CHARS = 500
 """Of a foreign message: some repeat the whole input."""
 _MAX_OWN_LINE_CHARS = 800
 """Of a message of ours: a key or a path may be of any length."""
+_GAP = " ... "
 
 
 def short_repr(value: object) -> str:
@@ -114,6 +122,8 @@ def first_line(error: BaseException) -> str:
     return line if len(line) <= _MAX_LINE_CHARS else f"{line[:_MAX_LINE_CHARS]}..."
 
 
-def _without_middle(line: str) -> str:
-    kept = _MAX_OWN_LINE_CHARS // 2
-    return line if len(line) <= _MAX_OWN_LINE_CHARS else f"{line[:kept]} ... {line[-kept:]}"
+def _one_line(problem: str) -> str:
+    """Without its middle where it is long; line breaks and other characters that cannot be seen are escaped."""
+    kept = (_MAX_OWN_LINE_CHARS - len(_GAP)) // 2
+    shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in problem)
+    return shown if len(shown) <= _MAX_OWN_LINE_CHARS else f"{shown[:kept]}{_GAP}{shown[-kept:]}"

@@ -143,8 +143,8 @@ def _validated(schema: type[Schema], layers: Layers) -> Schema:
     try:
         found = schema.model_validate(layers.tree)
     except ValidationError as error:
-        problems = "\n".join(_explain(problem, layers) for problem in error.errors())
-        raise ConfigError(Redactor({}).redact(problems)) from None
+        problems = (line for problem in error.errors() for line in _explain(problem, layers))
+        raise ConfigError(*map(Redactor({}).redact, problems)) from None
     _refuse_literal_secrets(layers.tree, (), layers)
     return found
 
@@ -245,28 +245,31 @@ def _merge(layers: Layers, into: dict[str, Any], tree: Mapping[str, Any], path: 
             into[key] = value
 
 
-def _explain(problem: Any, layers: Layers) -> str:
-    """One sentence for one pydantic problem."""
+def _explain(problem: Any, layers: Layers) -> list[str]:
+    """One sentence for one pydantic problem; one for each setting that a missing section needs."""
     keys = tuple(str(part) for part in problem["loc"])
     dotted = ".".join(keys) or "the configuration"
-    prefix = _place(keys, layers)
+    if problem["type"] == "missing":
+        is_run = layers.schema is RunConfig
+        return [
+            f"{name} is not set; give it in "
+            + (f"a YAML file or as an override {name}=VALUE" if is_run else "the file that describes the whole")
+            for name in _required(layers.schema, keys)
+        ]
+    return [f"{_place(keys, layers)}{_what_is_wrong(problem, keys, dotted, layers)}"]
+
+
+def _what_is_wrong(problem: Any, keys: Path_, dotted: str, layers: Layers) -> str:
     if problem["type"] == "extra_forbidden":
         known = _known_keys(layers.schema, keys[:-1])
         near = difflib.get_close_matches(keys[-1], known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(sorted(known))}"
-        return f"{prefix}unknown key {dotted}; {hint}"
-    if problem["type"] == "missing":
-        is_run = layers.schema is RunConfig
-        return "\n".join(
-            f"{name} is not set; give it in "
-            + (f"a YAML file or as an override {name}=VALUE" if is_run else "the file that describes the whole")
-            for name in _required(layers.schema, keys)
-        )
+        return f"unknown key {dotted}; {hint}"
     if problem["type"] in ("unknown_kind", "no_kind"):
-        return f"{prefix}{dotted} has {problem['msg']}"
+        return f"{dotted} has {problem['msg']}"
     if problem["type"] == "value_error":
-        return f"{prefix}{problem['ctx']['error']}"
-    return f"{prefix}{dotted} is {short_repr(problem['input'])}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
+        return str(problem["ctx"]["error"])
+    return f"{dotted} is {short_repr(problem['input'])}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
 def _known_keys(schema: type[BaseModel], keys: Path_) -> list[str]:

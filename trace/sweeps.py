@@ -89,9 +89,9 @@ def load_sweep(file: Path, overrides: Iterable[str] = (), folder: str = "") -> S
         try:
             cells += maker.cells(places)
         except ConfigError as error:
-            problems |= dict.fromkeys(str(error).splitlines())
+            problems |= dict.fromkeys(error.args)
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(*problems)
     sweep = Sweep(settings, where, tuple(cells))
     _check_names(sweep, document)
     return sweep

@@ -102,7 +102,7 @@ class GeneratorEngine:
         self._name = f"generator engine {index}"
         self._backend: TransferBackend = backend
         self._adapter: LoRARequest | None = None
-        self._adapter_folder = tempfile.TemporaryDirectory(prefix="adapter-")
+        self._adapter_folder: tempfile.TemporaryDirectory[str] | None = None
         self._proven_version = loaded_version
         self._is_as_loaded = loaded_version is not None
         self._scheduling = scheduling
@@ -301,6 +301,8 @@ class GeneratorEngine:
         from vllm.lora.request import LoRARequest
 
         self._give_weights_up(version)
+        if self._adapter_folder is None:
+            self._adapter_folder = tempfile.TemporaryDirectory(prefix="adapter-")
         folder = Path(self._adapter_folder.name)
         adapter.write(folder)
         name = f"policy-{version}"
