@@ -3,11 +3,12 @@
     python benchmarks/fuzz.py [--inputs 100000] [--seed 0] [--target config,data] [--out benchmarks/results]
 
 Inputs are drawn by hypothesis from `fuzz_targets`, in rounds with a seed each, so that a round can be repeated alone.
-Targets are read in parts, side by side, one process per core.
+Targets are read in parts, side by side, one process per core. In --out, rows of targets that are not read stay.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import tempfile
 import time
@@ -21,7 +22,7 @@ from typing import Annotated, Any
 import typer
 from fuzz_targets import ACCEPTED, TARGETS, Target, outcome
 from hypothesis import HealthCheck, Phase, given, seed, settings
-from report import describe_machine, one_line, publish
+from report import describe_machine, git_state, one_line, publish
 
 from trace_rl.errors import first_line
 
@@ -101,6 +102,8 @@ def to_row(name: str, tally: Tally, seconds: float) -> dict[str, Any]:
     refused = {kind: count for kind, count in sorted(tally.outcomes.items()) if kind not in (ACCEPTED, "unhandled")}
     return {
         "target": name,
+        "date": time.strftime("%Y-%m-%d"),
+        "code": git_state(),
         "inputs": tally.num_inputs,
         "accepted": tally.outcomes[ACCEPTED],
         "refused": refused,
@@ -110,9 +113,16 @@ def to_row(name: str, tally: Tally, seconds: float) -> dict[str, Any]:
     }
 
 
+def with_older(rows: list[dict[str, Any]], file: Path | None) -> list[dict[str, Any]]:
+    """And those that a report has of other targets."""
+    older = json.loads(file.read_text(encoding="utf-8"))["results"] if file and file.exists() else []
+    found = {row["target"]: row for row in [*older, *rows]}
+    return [found[name] for name in TARGETS if name in found]
+
+
 def to_markdown(report: dict[str, Any]) -> str:
     rows = [
-        f"| {row['target']} | {row['inputs']:,} | {row['accepted']:,} | "
+        f"| {row['target']} | {row['date']} | {row['code']} | {row['inputs']:,} | {row['accepted']:,} | "
         f"{', '.join(f'{kind} {count:,}' for kind, count in row['refused'].items())} | {row['unhandled']:,} | "
         f"{row['seconds']:.0f} |"
         for row in report["results"]
@@ -121,13 +131,13 @@ def to_markdown(report: dict[str, Any]) -> str:
         [
             "# Fuzzing of the loaders",
             "",
-            f"`{report['command']}` on {one_line(report['machine'])}, {report['date']}",
+            f"`{report['command']}` on {one_line(report['machine'])}",
             "",
             "Each input is read, or refused by an error of ours whose message is short. Inputs are drawn from "
             "strategies near to real files (`benchmarks/fuzz_configs.py`, `benchmarks/fuzz_records.py`).",
             "",
-            "| target | inputs | accepted | refused | unhandled | seconds |",
-            "| --- | --- | --- | --- | --- | --- |",
+            "| target | date | code | inputs | accepted | refused | unhandled | seconds |",
+            "| --- | --- | --- | ---: | ---: | --- | ---: | ---: |",
             *rows,
             "",
         ]
@@ -153,8 +163,7 @@ def main(
     report = {
         "command": f"python benchmarks/fuzz.py --inputs {inputs} --seed {first_seed} --target {target}",
         "machine": describe_machine(PACKAGES),
-        "date": time.strftime("%Y-%m-%d"),
-        "results": results,
+        "results": with_older(results, out / "fuzz.json" if out else None),
     }
     publish("fuzz", report, to_markdown(report), out)
     if any(row["unhandled"] for row in results):

@@ -46,3 +46,13 @@ def test_a_reader_that_fails_is_found_with_its_input() -> None:
     assert any(place.startswith("ZeroDivisionError at test_fuzz_loaders.py") for place in tally.unhandled)
     row = fuzz.to_row("numbers", tally, 1.0)
     assert row["inputs"] == row["accepted"] + row["refused"]["DataError"] + row["unhandled"] >= 50
+
+
+def test_a_target_that_is_read_again_takes_the_place_of_its_row(tmp_path: Path) -> None:
+    file = tmp_path / "fuzz.json"
+    file.write_text('{"results": [{"target": "data", "inputs": 1}, {"target": "config", "inputs": 1}]}')
+    assert fuzz.with_older([{"target": "config", "inputs": 2}], file) == [
+        {"target": "config", "inputs": 2},
+        {"target": "data", "inputs": 1},
+    ]
+    assert fuzz.with_older([{"target": "data", "inputs": 3}], None) == [{"target": "data", "inputs": 3}]
