@@ -79,8 +79,9 @@ class Result:
 
 
 def ours(setting: Setting, seed: int) -> Result:
-    """By `trace-rl train`, on the demo's placement."""
+    """By `trace-rl train`, on the demo's placement with one engine more, so that sampling has both cores, too."""
     settings = [
+        "generator.num_engines=2",
         f"sampling.prompts_per_step={setting.prompts}",
         f"sampling.samples_per_prompt={setting.samples}",
         f"sampling.max_response_tokens={setting.tokens}",
