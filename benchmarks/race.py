@@ -3,9 +3,9 @@
     make race        # installs TRL in .venv-race, then: python benchmarks/race.py --peer .venv-race/bin/python
 
 Both train the embedded task's base model by GRPO on the same questions, with the same batch, lengths, learning rate and
-loss, on the same cores, one after the other. A peer runs in an environment of its own. Speed without learning does not
-count: held-out accuracy over the time that was spent training is part of the result. Peers that need a GPU are in
-docs/gpu.md.
+loss, on the same cores, one after the other; in one setting at the cost of a larger model (`widened.py`). A peer runs
+in an environment of its own. Speed without learning does not count: held-out accuracy over the time that was spent
+training is part of the result. Peers that need a GPU are in docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +25,7 @@ import psutil
 import typer
 from launched_run import DEMO, launched
 from report import describe_machine, git_state, one_line, publish, version_of
+from widened import num_parameters, widen
 
 from trace_rl.launch.memory import MemoryWatch
 from trace_rl.launch.run_folder import RunFolder
@@ -48,6 +50,8 @@ class Setting:
     evaluate_every: int = 0
     samples: int = 8
     tokens: int = 64
+    neurons: int = 0
+    """Of each MLP of the model; 0: as many as the base model has."""
 
     @property
     def completions(self) -> int:
@@ -57,6 +61,7 @@ class Setting:
 SETTINGS: Mapping[str, Setting] = {
     "short": Setting(prompts=8, steps=60, evaluate_every=10),
     "long": Setting(prompts=64, steps=6),
+    "large": Setting(prompts=64, steps=12, evaluate_every=3, neurons=2816),
 }
 
 
@@ -78,10 +83,11 @@ class Result:
         return statistics.median(self.seconds[WARM_UP_STEPS:])
 
 
-def ours(setting: Setting, seed: int) -> Result:
+def ours(setting: Setting, model: Path, seed: int) -> Result:
     """By `trace-rl train`, on the demo's placement with one engine more, so that sampling has both cores, too."""
     settings = [
         "generator.num_engines=2",
+        f"model.path={model}",
         f"sampling.prompts_per_step={setting.prompts}",
         f"sampling.samples_per_prompt={setting.samples}",
         f"sampling.max_response_tokens={setting.tokens}",
@@ -114,7 +120,7 @@ def ours(setting: Setting, seed: int) -> Result:
     return Result(seconds, curve, memory.peak_gib, time.monotonic() - started, versions)
 
 
-def trl(setting: Setting, seed: int, python: Path, threads: int) -> Result:
+def trl(setting: Setting, model: Path, seed: int, python: Path, threads: int) -> Result:
     """By TRL's GRPOTrainer in another environment."""
     difficulty = ArithmeticDifficulty()
 
@@ -123,7 +129,7 @@ def trl(setting: Setting, seed: int, python: Path, threads: int) -> Result:
         return [{"prompt": [{"role": "user", "content": p.question}], "answer": p.answer} for p in asked]
 
     spec = {
-        "model": str(base_model_path()),
+        "model": str(model),
         "dtype": "float32",
         "train": rows("train", setting.prompts * setting.steps),
         "heldout": rows("heldout", HELDOUT),
@@ -168,14 +174,16 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         f"`{report['command']}`, {report['date']}, {report['code']}, on {one_line(report['machine'])}; peer: "
         f"{one_line(report['peer'])}, {report['threads']} threads.",
         "",
-        "| completions a step | side | seconds a step | completions/s | ratio | peak memory, GiB | wall time, s |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| setting | completions a step | parameters | side | seconds a step | completions/s | ratio "
+        "| peak memory, GiB | wall time, s |",
+        "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, sides in report["results"].items():
         setting = SETTINGS[name]
         rates = {side: setting.completions / found["step_s"] for side, found in sides.items()}
         lines += [
-            f"| {setting.prompts} x {setting.samples} of {setting.tokens} tokens | {side} | {found['step_s']:.2f} | "
+            f"| {name} | {setting.prompts} x {setting.samples} of {setting.tokens} tokens | "
+            f"{report['parameters'][name] / 1e6:.2f} M | {side} | {found['step_s']:.2f} | "
             f"{rates[side]:.1f} | {rates[side] / rates['trl']:.2f} | {found['peak_gib']:.2f} | {found['wall_s']:.0f} |"
             for side, found in sides.items()
         ]
@@ -199,6 +207,17 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+@contextmanager
+def a_model(setting: Setting) -> Iterator[Path]:
+    """The folder of what is trained."""
+    if not setting.neurons:
+        yield base_model_path()
+        return
+    with tempfile.TemporaryDirectory(prefix="race-model-") as name:
+        widen(base_model_path(), setting.neurons, Path(name))
+        yield Path(name)
+
+
 def main(
     peer: Annotated[Path, typer.Option(help="Python of the environment that has TRL.")],
     settings: Annotated[str, typer.Option(help="Joined by commas.")] = ",".join(SETTINGS),
@@ -208,8 +227,11 @@ def main(
     """Race, print, and write where --out says."""
     threads = psutil.cpu_count() or 1
     results: dict[str, dict[str, Any]] = {}
+    parameters: dict[str, int] = {}
     for name in settings.split(","):
-        both = {"ours": ours(SETTINGS[name], seed), "trl": trl(SETTINGS[name], seed, peer, threads)}
+        with a_model(SETTINGS[name]) as model:
+            parameters[name] = num_parameters(model)
+            both = {"ours": ours(SETTINGS[name], model, seed), "trl": trl(SETTINGS[name], model, seed, peer, threads)}
         results[name] = {side: {**asdict(found), "step_s": found.step_s} for side, found in both.items()}
         typer.echo(
             f"{name}: " + ", ".join(f"{side} {found.step_s:.2f} s a step" for side, found in both.items()), err=True
@@ -221,6 +243,7 @@ def main(
         "machine": describe_machine(PACKAGES),
         "peer": next(iter(results.values()))["trl"]["versions"],
         "threads": threads,
+        "parameters": parameters,
         "results": results,
     }
     publish("race_trl", report, to_markdown(report), out)
