@@ -87,6 +87,7 @@ def ours(setting: Setting, model: Path, seed: int) -> Result:
     """By `trace-rl train`, on the demo's placement with one engine more, so that sampling has both cores, too."""
     settings = [
         "generator.num_engines=2",
+        f"generator.max_concurrent_sequences={max(128, setting.completions // 2)}",
         f"model.path={model}",
         f"sampling.prompts_per_step={setting.prompts}",
         f"sampling.samples_per_prompt={setting.samples}",
