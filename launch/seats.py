@@ -79,7 +79,7 @@ class Seats:
         """
         seat = self.plan.seats[role]
         gpus = None if seat.num_gpus else ",".join(self._gpus_of(host, started[host]) for host in seat.hosts)
-        variables = environment.of_role(gpus and gpus.strip(","), self.is_one_machine)
+        variables = environment.of_role(gpus and gpus.strip(","), self.is_one_machine, seat.num_cpus)
         return Place(seat, self.group, {**variables, **self.signs(role)})
 
     def give_back(self) -> None:

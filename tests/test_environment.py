@@ -39,6 +39,15 @@ def test_a_role_on_cpus_is_kept_off_the_gpus_of_its_node() -> None:
     assert not found.keys() & LOOPBACK.keys()
 
 
+@pytest.mark.parametrize(("num_cpus", "threads"), [(0.5, "1"), (1.0, "1"), (2.9, "2"), (8, "8")])
+def test_a_role_on_cpus_has_the_threads_that_the_configuration_gives_it(
+    monkeypatch: pytest.MonkeyPatch, num_cpus: float, threads: str
+) -> None:
+    monkeypatch.setattr(environment, "_SET_BY_USER", {})
+    assert environment.of_role("", False, num_cpus)["OMP_NUM_THREADS"] == threads
+    assert "OMP_NUM_THREADS" not in environment.of_role("0", False, num_cpus)
+
+
 def test_a_guest_is_shown_the_gpus_of_its_hosts() -> None:
     found = of_role_in_a_fresh_process("2,5", True)
     assert found["CUDA_VISIBLE_DEVICES"] == "2,5" and "DS_ACCELERATOR" not in found

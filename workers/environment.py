@@ -28,7 +28,7 @@ _ALWAYS = {
 }
 _CPU = {
     "DS_ACCELERATOR": "cpu",
-    "OMP_NUM_THREADS": "1",  # results do not depend on the number of cores
+    "OMP_NUM_THREADS": "1",  # results do not depend on the number of cores; see `of_role`
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 _ONE_MACHINE = {
@@ -59,14 +59,17 @@ def variables(kv_cache_gib: int = 0) -> dict[str, str]:
     return {name: os.environ.get(name, value) for name, value in chosen.items()}
 
 
-def of_role(gpus: str | None, is_one_machine: bool) -> dict[str, str]:
+def of_role(gpus: str | None, is_one_machine: bool, num_cpus: float = 1.0) -> dict[str, str]:
     """Environment of an actor.
 
     Args:
         gpus: ids that a guest is shown, joined by commas; '' for a role on CPUs; None where Ray assigns some.
         is_one_machine: whether all actors of the run are on one machine, and may talk over its loopback interface.
+        num_cpus: what the configuration gives the role; on CPUs it computes with as many threads. With GPUs Ray sees to
+            that.
     """
-    chosen = _ALWAYS | (_CPU if gpus == "" else {}) | (_ONE_MACHINE if is_one_machine else {})
+    on_cpu = _CPU | {"OMP_NUM_THREADS": str(max(1, int(num_cpus)))} if gpus == "" else {}
+    chosen = _ALWAYS | on_cpu | (_ONE_MACHINE if is_one_machine else {})
     chosen |= {name: value for name, value in _SET_BY_USER.items() if name in chosen or name in _ONE_MACHINE}
     return chosen if gpus is None else chosen | {"CUDA_VISIBLE_DEVICES": gpus}
 

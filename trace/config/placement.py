@@ -16,6 +16,7 @@ class Resources(Section):
     """What one actor of a role takes of the cluster."""
 
     num_cpus: float = Field(1.0, ge=0)
+    """Without GPUs also the number of threads that it computes with, rounded down, but at least one."""
     num_gpus: float = Field(0.0, ge=0)
     """Of a guest it is not read: that takes none and is shown those of its hosts."""
     custom: dict[str, float] = {}
