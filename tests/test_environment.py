@@ -48,6 +48,19 @@ def test_a_role_on_cpus_has_the_threads_that_the_configuration_gives_it(
     assert "OMP_NUM_THREADS" not in environment.of_role("0", False, num_cpus)
 
 
+def test_what_a_parent_has_applied_is_not_taken_for_the_users() -> None:
+    parent = "import os; from trace_rl.workers import environment; environment.apply(); print(dict(os.environ))"
+    done = subprocess.run([sys.executable, "-c", parent], env={}, capture_output=True, text=True, timeout=60)
+    inherited: dict[str, str] = eval(done.stdout)
+    assert inherited["TOKENIZERS_PARALLELISM"] == "false"
+    assert not of_role_in_a_fresh_process(None, False, **inherited).keys() & LOOPBACK.keys()
+    found = of_role_in_a_fresh_process("", False, **{**inherited, "OMP_NUM_THREADS": "7"})
+    assert found["OMP_NUM_THREADS"] == "7"  # set in between
+    code = "from trace_rl.workers import environment; print(environment.of_role('', False, 4)['OMP_NUM_THREADS'])"
+    done = subprocess.run([sys.executable, "-c", code], env=inherited, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "4", done.stderr
+
+
 def test_a_guest_is_shown_the_gpus_of_its_hosts() -> None:
     found = of_role_in_a_fresh_process("2,5", True)
     assert found["CUDA_VISIBLE_DEVICES"] == "2,5" and "DS_ACCELERATOR" not in found

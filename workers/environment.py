@@ -5,6 +5,7 @@ in a process that starts Ray. Actors get theirs through Ray's runtime environmen
 cluster and not by the machine that the driver runs on. What the user has set in the driver's environment wins.
 """
 
+import json
 import os
 import secrets
 from pathlib import Path
@@ -38,7 +39,15 @@ _ONE_MACHINE = {
 _RAY_ON_LOOPBACK = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 """Ray's word, on Linux too, for a node that is not to be joined from elsewhere. An address that it is given does not
 do: it replaces a loopback one by that of the node, and listens on every interface."""
-_SET_BY_USER = {name: os.environ[name] for name in (*_ALWAYS, *_CPU, *_ONE_MACHINE) if name in os.environ}
+_OURS = "TRACE_RL_ENVIRONMENT"
+"""What `apply` has added, as JSON: processes that this one starts (a sweep's, a benchmark's) inherit it, and must not
+take it for the user's."""
+_INHERITED = json.loads(os.environ.get(_OURS, "{}"))
+_SET_BY_USER = {
+    name: os.environ[name]
+    for name in (*_ALWAYS, *_CPU, *_ONE_MACHINE)
+    if name in os.environ and os.environ[name] != _INHERITED.get(name)
+}
 """Read before `apply` adds anything: that belongs to this machine, and roles may run on others."""
 
 
@@ -76,7 +85,9 @@ def of_role(gpus: str | None, is_one_machine: bool, num_cpus: float = 1.0) -> di
 
 def apply(kv_cache_gib: int = 0) -> None:
     """Set the environment of this process."""
-    os.environ.update(variables(kv_cache_gib))
+    chosen = variables(kv_cache_gib)
+    os.environ.update(chosen)
+    os.environ[_OURS] = json.dumps({name: value for name, value in chosen.items() if name not in _SET_BY_USER})
 
 
 def protect_private_ray() -> None:
