@@ -10,23 +10,21 @@ from collections.abc import Callable, Mapping, Sequence
 
 Record = Mapping[str, float]
 
-IDLE = {"generation": "generator", "grading": "rewarder", "annotation": "annotator"}
+IDLE = {"generation": "generator", "grading": "rewarder", "annotation": "annotator", "teacher": "teacher"}
 """Stages that work beside each other -> the role whose idle time is counted."""
-SPANS = {"teacher": "time/teacher_s", "learner": "time/learner_s", "weight sync": "time/sync_s"}
+SPANS = {"learner": "time/learner_s", "weight sync": "time/sync_s"}
 """Stages that the step waits for -> their time."""
 STEP = "step"
+_ROUNDING = 1e-9  # of shares that are sums of differences
 FORWARD_PASSES = 3
 """Of a step of the learner: the backward pass is about two of them."""
 
 
 def stage_seconds(record: Record) -> dict[str, float]:
-    """Seconds of each stage in one step, and of the step."""
+    """Seconds of each stage in one step that has any, and of the step."""
     whole = record["time/step_s"]
-    found = {
-        stage: (1 - record[f"idle/{role}_frac"]) * whole
-        for stage, role in IDLE.items()
-        if f"idle/{role}_frac" in record
-    }
+    busy = {stage: 1 - record.get(f"idle/{role}_frac", 1.0) for stage, role in IDLE.items()}
+    found = {stage: share * whole for stage, share in busy.items() if share > _ROUNDING}
     found |= {stage: record[name] for stage, name in SPANS.items() if record.get(name)}
     return {**found, STEP: whole}
 
@@ -63,7 +61,7 @@ def throughput(records: Sequence[Record], matmul_flops: float) -> dict[str, dict
             found[stage] = {"completions/s": median(lambda r, s=stage: r["sampling/completions"] / taken(s)(r), worked)}
     if asked := [record for record in records if record.get("teacher/forward_tokens")]:
         found["teacher"] = {
-            "tokens/s": median(lambda r: r["teacher/forward_tokens"] / r["time/teacher_s"], asked),
+            "tokens/s": median(lambda r: r["teacher/forward_tokens"] / taken("teacher")(r), asked),
             "FLOPs of a full pass": median(lambda r: 1 - r["teacher/flops_saved_frac"], asked),
         }
     return found

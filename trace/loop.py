@@ -1,8 +1,9 @@
 """The loop: prompts -> rollouts -> rewards -> annotations -> routes -> teacher -> learner -> weight sync -> journal.
 
 Each line of `_step` turns one typed value into the next; the streaming stages are lazy iterators, so a rollout is
-graded and annotated while others are still being generated. The loop talks to the Protocols of `trace_rl.protocols`
-and knows no Ray, no engine, no clock and no method: what a step does follows from the configuration's routes.
+graded and annotated while others are still being generated, and scored by the teacher once its prompt is complete. The
+loop talks to the Protocols of `trace_rl.protocols` and knows no Ray, no engine, no clock and no method: what a step
+does follows from the configuration's routes.
 
 Asynchronous training is the same loop: `trace_rl.rollout_supply` decides how far sampling is ahead of it.
 
@@ -43,8 +44,9 @@ from trace_rl.protocols import (
     is_evaluation,
 )
 from trace_rl.rollout_supply import RolloutSupply
-from trace_rl.routing import keep_top_tokens, route_rollouts, teacher_views
-from trace_rl.step_metrics import learner_work, rollout_metrics, route_metrics, staleness_metrics, teacher_metrics
+from trace_rl.routing import keep_top_tokens, route_rollouts
+from trace_rl.step_metrics import learner_work, rollout_metrics, route_metrics, staleness_metrics
+from trace_rl.teacher_scoring import TeacherScoring
 from trace_rl.text_metrics import text_metrics
 from trace_rl.training_batch import Evidence, scored_tokens, training_batch
 
@@ -140,11 +142,12 @@ def _checkpoint(roles: Roles, supply: RolloutSupply, step: int) -> None:
 def _step(config: RunConfig, roles: Roles, supply: RolloutSupply, step: int) -> dict[str, float]:
     """One training step: from prompts to proven new weights."""
     algorithm, journal = config.algorithm, roles.journal
-    with journal.stage("rollout"):
-        taken = supply.take(step)
-        candidates = route_rollouts(taken.annotated, config, step)
-    with journal.stage("teacher"):
-        evidence, teacher_cost = _ask_teacher(config, roles, candidates, step)
+    with TeacherScoring(config, roles, step) as scoring:
+        with journal.stage("rollout"):
+            taken = supply.take(step, scoring.begin)
+            candidates = route_rollouts(taken.annotated, config, step, scoring.routed)
+        with journal.stage("teacher"):
+            evidence, teacher_cost = scoring.finish(candidates)
     with journal.stage("learner"):
         routed, batch = _rank_and_weigh(config, roles, candidates, evidence, step)
         figures = _inspected(config, roles, batch)
@@ -167,19 +170,6 @@ def _step(config: RunConfig, roles: Roles, supply: RolloutSupply, step: int) -> 
         **sync_metrics,
         **roles.utilisation.metrics(),
     }
-
-
-def _ask_teacher(
-    config: RunConfig, roles: Roles, routed: Sequence[RoutedRollout], step: int
-) -> tuple[Evidence, Metrics]:
-    """What the teacher says of the routed tokens, and what that took."""
-    views = teacher_views(config, step)
-    if views:
-        roles.teacher.refresh(step)
-    requests = roles.encoder.teacher_requests(routed, views)
-    rows = roles.teacher.score(requests)
-    cost = teacher_metrics(routed, requests, rows, len(views), roles.teacher_cost)
-    return Evidence(views, {(item.key, item.view): item for item in rows}), cost
 
 
 def _rank_and_weigh(

@@ -131,18 +131,23 @@ class RolloutSupply:
         self._threads: dict[int, threading.Thread] = {}
         self._replaces = False
         """Whether groups without a signal are replaced at this step."""
+        self._on_group: Callable[[Sequence[AnnotatedRollout]], None] = lambda group: None
         self._num_dropped = 0
         self._num_in_flight = 0
         """Groups that are not complete: counted, because every arrival asks."""
 
-    def take(self, step: int) -> Taken:
+    def take(self, step: int, on_group: Callable[[Sequence[AnnotatedRollout]], None] = lambda group: None) -> Taken:
         """The completions that this step trains on, once they are there; admits prompts for it and for later steps.
+
+        Args:
+            on_group: told of each prompt whose completions are all there. In synchronous training without
+                oversampling this step trains on them, unless groups without a signal are replaced.
 
         Raises:
             TraceError: what a stage raised, now or since the step before.
             PreemptedError: the run was told to end; what was admitted is `pending`.
         """
-        self._replaces = self._may_replace(step)
+        self._replaces, self._on_group = self._may_replace(step), on_group
         self._book_all()
         self._admit(step, self._missing(step))
         rounds = self._config.algorithm.dynamic_sampling.max_rounds - 1 if self._replaces else 0
@@ -316,8 +321,11 @@ class RolloutSupply:
         if group is None:
             return  # was given up meanwhile
         group.members.append(event)
-        self._num_in_flight -= group.is_complete
-        if self._replaces and group.is_complete and group.is_uniform:
+        if not group.is_complete:
+            return
+        self._num_in_flight -= 1
+        self._on_group(group.members)
+        if self._replaces and group.is_uniform:
             self._leave(group)
 
     def _check_none_is_lost(self, wave: int) -> None:

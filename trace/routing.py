@@ -9,9 +9,11 @@ most one exclusive route; nothing depends on the order in which rollouts arrive.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
+from types import MappingProxyType
 
 import numpy as np
 from jaxtyping import Float
@@ -59,11 +61,20 @@ def teacher_views(config: RunConfig, step: int) -> list[TeacherView]:
     ]
 
 
-def route_rollouts(annotated: Iterable[AnnotatedRollout], config: RunConfig, step: int) -> list[RoutedRollout]:
+def route_rollouts(
+    annotated: Iterable[AnnotatedRollout],
+    config: RunConfig,
+    step: int,
+    known: Mapping[RolloutKey, RoutedRollout] = MappingProxyType({}),
+) -> list[RoutedRollout]:
     """Give every rollout its advantage and every token its routes, ordered by rollout key.
 
     Rollouts without a single token, and truncated ones under algorithm.overlong.mask, take part in the statistics of
     their group and are then left out.
+
+    Args:
+        annotated: all completions of each of their prompts.
+        known: rollouts that were given their routes before, which depend on no other prompt.
     """
     ordered = sorted(annotated, key=lambda item: item.graded.rollout.key)
     groups = [tuple(group) for _, group in groupby(ordered, key=lambda item: item.graded.rollout.prompt.prompt_id)]
@@ -74,7 +85,8 @@ def route_rollouts(annotated: Iterable[AnnotatedRollout], config: RunConfig, ste
             rollout = item.graded.rollout
             is_masked = config.algorithm.overlong.mask and rollout.finish_reason == "length"
             if rollout.token_ids and not is_masked:
-                routed.append(_route(GroupMember(item, group), float(advantage), config, step))
+                found = known.get(rollout.key) or _route(GroupMember(item, group), config, step)
+                routed.append(replace(found, advantage=float(advantage)))
     return routed
 
 
@@ -120,7 +132,8 @@ def policy_weights(routed: RoutedRollout, algorithm: Algorithm, step: int) -> Fl
     return weights
 
 
-def _route(member: GroupMember, advantage: float, config: RunConfig, step: int) -> RoutedRollout:
+def _route(member: GroupMember, config: RunConfig, step: int) -> RoutedRollout:
+    """The routes of a rollout, still without its advantage."""
     selected = []
     for index, (name, route) in enumerate(config.algorithm.routes.items()):
         if route.is_active(step):
@@ -128,7 +141,7 @@ def _route(member: GroupMember, advantage: float, config: RunConfig, step: int) 
             positions = route.selector.positions(member, route.teacher_context(config.teacher.context), seed)
             selected.append(RoutedTokens(index, positions, route.schedule.at(step) * route.multiplier))
     routes = list(config.algorithm.routes.values())
-    return RoutedRollout(member, advantage, _without_claimed(selected, routes, member.length, is_ranked=False))
+    return RoutedRollout(member, math.nan, _without_claimed(selected, routes, member.length, is_ranked=False))
 
 
 def _without_claimed(

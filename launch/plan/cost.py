@@ -1,9 +1,10 @@
 """How long a step and a run take: who waits for whom, given how long each stage takes (`stages`).
 
-A synchronous step is the sum of what follows each other; only grading and annotation run beside generation. Where
-sampling runs ahead (scheduling.max_staleness), engines and learner work at the same time, and a step takes as long as
-the slower of both, or as the tail of the longest responses allows. What roles wait beyond that (bursts, a last engine
-that is late) is left out, so an asynchronous step is a lower bound. Must not know how a cost is printed.
+A synchronous step is the sum of what follows each other; grading, annotation and, where it is certain what is trained
+on (`RunConfig.scores_early`), the teacher run beside generation. Where sampling runs ahead (scheduling.max_staleness),
+engines and learner work at the same time, and a step takes as long as the slower of both, or as the tail of the longest
+responses allows. What roles wait beyond that (bursts, a last engine that is late) is left out, so an asynchronous step
+is a lower bound. Must not know how a cost is printed.
 """
 
 from __future__ import annotations
@@ -75,13 +76,11 @@ def step_cost(given: Given, busy: Sequence[int]) -> StepCost:
     grading, annotation = stages.grading(given), stages.annotation(given, bool(busy))
     # the last response is graded and annotated when nothing is written any more
     last_s = given.hardware.fixed.grading_s + (given.work.annotation_s if annotation.rounds else 0.0)
-    beside = [grading, annotation]
-    after = [
-        stages.teacher(given, busy),
-        stages.learner(given, bool(busy)),
-        stages.sync(given),
-        stages.driver(given),
-    ]
+    beside, teacher = [grading, annotation], stages.teacher(given, busy)
+    after = [stages.learner(given, bool(busy)), stages.sync(given), stages.driver(given)]
+    if given.config.scores_early:
+        return synchronous([batch, *beside], last_s + stages.last_prompt_scored_s(given, busy), after, teacher)
+    after.insert(0, teacher)
     scheduling = given.config.scheduling
     if scheduling.is_synchronous:
         return synchronous([batch, *beside], last_s, after)
@@ -91,17 +90,23 @@ def step_cost(given: Given, busy: Sequence[int]) -> StepCost:
     return running_ahead([steady, *beside], batch.seconds + last_s, after, scheduling.max_staleness)
 
 
-def synchronous(ahead: Sequence[Stage], last_s: float, after: Sequence[Stage]) -> StepCost:
-    """max(generation, grading, annotation) + the last response's grading and annotation + all that follows.
+def synchronous(
+    ahead: Sequence[Stage], last_s: float, after: Sequence[Stage], teacher: Stage | None = None
+) -> StepCost:
+    """max(max(generation, grading, annotation) + what is last, teacher) + all that follows.
 
     Args:
         ahead: stages that give the step its rollouts, at the same time.
-        last_s: what the last response takes from its last token to being annotated.
+        last_s: what comes behind the last token: grading, annotation, and where `teacher` is given the last prompt's
+            scoring.
         after: stages that follow each other.
+        teacher: works beside those ahead, prompt by prompt.
     """
     slowest = _slowest(ahead)
-    seconds = slowest.seconds + last_s + sum(stage.seconds for stage in after)
-    return _step(ahead, after, seconds, _slowest([slowest, *after]).name)
+    beside = [teacher] if teacher else []
+    supply_s = max([slowest.seconds + last_s, *(stage.seconds for stage in beside)])
+    seconds = supply_s + sum(stage.seconds for stage in after)
+    return _step([*ahead, *beside], after, seconds, _slowest([slowest, *beside, *after]).name)
 
 
 def finished_first(ahead: Sequence[Stage], last_s: float, after: Sequence[Stage]) -> StepCost:

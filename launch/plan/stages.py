@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from trace_rl.config.run import RunConfig
@@ -200,31 +200,47 @@ def teacher(given: Given, busy: Sequence[int]) -> Stage:
 
     bytes = n E[r] x routed share x views x m d b of states, and W of the policy's weights at steps that refresh them.
 
+    Rounds are batches: full ones, but at least one for each prompt where prompts are scored one by one.
+
     Args:
         busy: the steps with routes, the step being one of them; none where it is not.
     """
     config, work, hardware = given.config, given.work, given.hardware
     if not busy:
         return _stage(TEACHER, {"products": 0.0}, 1.0)
-    weights, value = config.teacher.weights, given.teacher.bytes_per_value
-    models = len(weights.shares())
-    shipped = 2 if config.teacher.states == "bfloat16" else value
+    models = len(config.teacher.weights.shares())
+    shipped = 2 if config.teacher.states == "bfloat16" else given.teacher.bytes_per_value
     views = teacher_views(config, busy[0])
     rows = work.num_rollouts * work.responses.mean * work.routed_tokens_frac
     states = rows * sum("states" in view.outputs for view in views) * models * given.teacher.hidden * shipped
-    refreshed = sum(weights.rate_at(step) > 0 for step in busy) / len(busy) * given.shape.weights.nbytes
     tokens = work.prompt_tokens + work.context_tokens + work.routed_reach_frac * work.responses.mean
     read = work.num_rollouts * work.routed_rollouts_frac * len(views) * models * tokens
+    calls = work.prompts if config.scores_early else 1
     return _stage(
         TEACHER,
         {
             "products": teacher_flops(given, busy[0]) / hardware.roofs.matmul_flops,
-            "link": (states + refreshed) / hardware.roofs.link_bytes_per_s,
+            "link": states / hardware.roofs.link_bytes_per_s + _refresh_s(given, busy),
         },
         hardware.shares.teacher,
-        max(1.0, read / config.teacher.max_tokens_per_batch),
+        max(float(calls), read / config.teacher.max_tokens_per_batch),
         hardware.fixed.teacher_pass_s,
     )
+
+
+def last_prompt_scored_s(given: Given, busy: Sequence[int]) -> float:
+    """How long the teacher takes for one prompt, its weights being there."""
+    if not busy:
+        return 0.0
+    one = teacher(replace(given, work=replace(given.work, prompts=1)), busy)
+    return one.seconds - _refresh_s(given, busy) / given.hardware.shares.teacher
+
+
+def _refresh_s(given: Given, busy: Sequence[int]) -> float:
+    """What the policy's weights take to the teacher, on average over the steps."""
+    weights = given.config.teacher.weights
+    refreshed = sum(weights.rate_at(step) > 0 for step in busy) / len(busy) * given.shape.weights.nbytes
+    return refreshed / given.hardware.roofs.link_bytes_per_s
 
 
 def learner_flops(given: Given, has_routes: bool) -> float:

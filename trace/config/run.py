@@ -64,6 +64,17 @@ class RunConfig(Section):
         return bool(self.algorithm.reads)
 
     @property
+    def scores_early(self) -> bool:
+        """Whether the teacher scores completions while others are being sampled.
+
+        Only where every completion that is sampled for a step is trained on by it. Not where engines have the GPUs on
+        which the learner would hand over its weights; nor under a running average of weights, which would be one step
+        ahead in the checkpoint of a run that is told to end meanwhile.
+        """
+        is_certain = self.scheduling.is_synchronous and not self.scheduling.oversampling_frac
+        return is_certain and self.placement.mode != "colocated" and not self.teacher.weights.is_average
+
+    @property
     def needs_annotator(self) -> bool:
         """Whether any route reads spans or what an annotator says of them."""
         return any(route.span_classes(self.teacher.context) for route in self.algorithm.routes.values())

@@ -1,0 +1,176 @@
+"""When the teacher is asked, and that its answers and figures do not depend on it."""
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from rollouts import ALL, KEY, annotated, configured, key
+
+from trace_rl.absent import AbsentTeacher
+from trace_rl.batch import AnnotatedRollout, RolloutKey, TeacherRows
+from trace_rl.config.run import RunConfig
+from trace_rl.errors import WorkerError
+from trace_rl.flops import TeacherCost, TransformerShape
+from trace_rl.prompts import PromptEncoder
+from trace_rl.routing import route_rollouts
+from trace_rl.teacher_scoring import TeacherScoring
+from trace_rl.training_batch import Evidence
+
+SHAPE = TransformerShape(num_layer_parameters=5, num_layers=1, attention_width=1, hidden=2, vocab=5)
+GROUPS = [
+    [annotated("p", 0, 6, 1.0, key(1, 3)), annotated("p", 1, 4, 0.0)],
+    [annotated("q", 0, 5, 1.0, key(0, 2)), annotated("q", 1, 0, 0.0)],
+    [annotated("r", 0, 3, 0.0), annotated("r", 1, 4, 0.0)],
+]
+SPANS = {"key_spans": KEY}
+SYNCHRONOUS = configured(SPANS)
+
+
+class Letters:
+    def apply_chat_template(self, conversation: list[dict[str, str]], **kwargs: Any) -> list[int]:
+        return [ord(character) for character in conversation[-1]["content"]]
+
+
+class Teacher(AbsentTeacher):
+    """Says of each row which weights it was scored with; blocks while `may_score` is not set."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.log: list[Any] = []
+        self.is_scoring, self.may_score = threading.Event(), threading.Event()
+        self.may_score.set()
+        self._fails = fails
+
+    def refresh(self, step: int) -> bool:
+        self.log.append(f"step {step}")
+        return True
+
+    def score(self, requests: Any) -> list[TeacherRows]:
+        self.is_scoring.set()
+        assert self.may_score.wait(60)
+        if self._fails:
+            raise WorkerError("the teacher died")
+        self.log.append([request.key for request in requests])
+        return [
+            TeacherRows(
+                request.key,
+                request.view,
+                request.positions,
+                np.full((len(request.positions), 2), request.key.sample + len(self.log[0]), dtype=np.float32),
+                np.zeros(0),
+                np.zeros(0),
+            )
+            for request in requests
+        ]
+
+
+@dataclass
+class Side:
+    teacher: Teacher = field(default_factory=Teacher)
+    encoder: PromptEncoder = field(default_factory=lambda: PromptEncoder(Letters(), "", {}))
+    teacher_cost: TeacherCost = field(default_factory=lambda: TeacherCost((SHAPE,), shares_prompts=True))
+
+
+def with_sections(config: RunConfig, **sections: Any) -> RunConfig:
+    given = config.model_dump(mode="json", exclude_defaults=True)
+    return RunConfig.model_validate({**given, **sections})
+
+
+def found(evidence: Evidence) -> dict[Any, Any]:
+    return {name: (rows.positions.tolist(), rows.hidden.tolist()) for name, rows in evidence.teacher_rows.items()}
+
+
+def all_of(groups: list[list[AnnotatedRollout]]) -> list[AnnotatedRollout]:
+    return [item for group in groups for item in group]
+
+
+def test_each_prompt_is_sent_once_it_is_complete_and_after_the_weights() -> None:
+    side = Side()
+    with TeacherScoring(SYNCHRONOUS, side, 0) as scoring:
+        scoring.begin(GROUPS[1])
+        assert side.teacher.is_scoring.wait(60)  # nothing else was called
+        scoring.begin(GROUPS[0])
+        scoring.begin(GROUPS[2])  # without a span: nobody is asked
+        scoring.finish(route_rollouts(all_of(GROUPS), SYNCHRONOUS, 0, scoring.routed))
+    assert side.teacher.log == ["step 0", [RolloutKey("q", 0)], [RolloutKey("p", 0)]]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+def test_answers_and_figures_are_those_of_asking_at_the_end(order: tuple[int, ...]) -> None:
+    with TeacherScoring(SYNCHRONOUS, Side(), 0) as scoring:
+        for index in order:
+            scoring.begin(GROUPS[index][::-1])
+        routed = route_rollouts(all_of(GROUPS), SYNCHRONOUS, 0, scoring.routed)
+        early, early_cost = scoring.finish(routed)
+    with TeacherScoring(SYNCHRONOUS, Side(), 0) as scoring:
+        plain = route_rollouts(all_of(GROUPS), SYNCHRONOUS, 0)
+        late, late_cost = scoring.finish(plain)
+    assert found(early) == found(late) and len(found(late)) == 2
+    assert early_cost == late_cost
+    assert [(item.key, item.advantage) for item in routed] == [(item.key, item.advantage) for item in plain]
+    for one, other in zip(routed, plain, strict=True):
+        assert [tokens.positions.tolist() for tokens in one.routed] == [t.positions.tolist() for t in other.routed]
+
+
+def test_advantages_are_those_of_the_whole_batch() -> None:
+    config = configured(SPANS, advantage="whitened")
+    with TeacherScoring(config, Side(), 0) as scoring:
+        for group in GROUPS:
+            scoring.begin(group)
+        routed = route_rollouts(all_of(GROUPS), config, 0, scoring.routed)
+        scoring.finish(routed)
+    expected = [item.advantage for item in route_rollouts(all_of(GROUPS), config, 0)]
+    assert [item.advantage for item in routed] == expected
+
+
+LATE = {
+    "asynchronous": with_sections(
+        SYNCHRONOUS,
+        scheduling={"max_staleness": 1},
+        algorithm={"routes": SPANS, "rollout_correction": {"level": "stale"}},
+    ),
+    "oversampling": with_sections(SYNCHRONOUS, scheduling={"oversampling_frac": 0.5, "late": "drop"}),
+    "colocated": with_sections(SYNCHRONOUS, placement={"mode": "colocated"}, learner={"zero_stage": 1}),
+    "running average": with_sections(SYNCHRONOUS, teacher={"weights": {"type": "ema", "rate": 0.1}}),
+}
+
+
+@pytest.mark.parametrize("case", LATE)
+def test_where_it_is_not_certain_what_is_trained_on_all_are_sent_at_the_end(case: str) -> None:
+    side, config = Side(), LATE[case]
+    with TeacherScoring(config, side, 3) as scoring:
+        for group in GROUPS:
+            scoring.begin(group)
+        assert not side.teacher.log and not scoring.routed
+        scoring.finish(route_rollouts(all_of(GROUPS), config, 3, scoring.routed))
+    assert side.teacher.log == ["step 3", [RolloutKey("p", 0), RolloutKey("q", 0)]]
+
+
+def test_without_an_active_route_the_teacher_is_left_alone() -> None:
+    side = Side()
+    with TeacherScoring(configured(), side, 0) as scoring:
+        scoring.begin(GROUPS[0])
+        evidence, cost = scoring.finish(route_rollouts(GROUPS[0], configured(), 0, scoring.routed))
+    assert (side.teacher.log, evidence.views, found(evidence)) == ([], [], {})
+    assert cost["teacher/flops_saved_frac"] == 1.0
+
+
+def test_what_the_teacher_raised_meanwhile_is_raised_at_the_end() -> None:
+    with TeacherScoring(SYNCHRONOUS, Side(Teacher(fails=True)), 0) as scoring:
+        scoring.begin(GROUPS[0])
+        with pytest.raises(WorkerError, match="the teacher died"):
+            scoring.finish(route_rollouts(GROUPS[0], SYNCHRONOUS, 0, scoring.routed))
+
+
+def test_a_step_that_ends_early_waits_for_the_running_call_only() -> None:
+    side = Side()
+    side.teacher.may_score.clear()
+    with pytest.raises(KeyboardInterrupt), TeacherScoring(configured({"all": {**ALL, "action": "fkl"}}), side, 0) as it:
+        for group in GROUPS:
+            it.begin(group)
+        assert side.teacher.is_scoring.wait(60)
+        threading.Timer(0.2, side.teacher.may_score.set).start()
+        raise KeyboardInterrupt
+    assert side.teacher.log == ["step 0", [RolloutKey("p", 0), RolloutKey("p", 1)]]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("teacher")]
