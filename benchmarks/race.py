@@ -4,8 +4,9 @@
 
 Both train the embedded task's base model by GRPO on the same questions, with the same batch, lengths, learning rate and
 loss, on the same cores, one after the other; in one setting at the cost of a larger model (`widened.py`). A peer runs
-in an environment of its own. Speed without learning does not count: held-out accuracy over the time that was spent
-training is part of the result. Peers that need a GPU are in docs/gpu.md.
+in an environment of its own, with a thread for each core, and in the longer settings once more with a single one. Speed
+without learning does not count: held-out accuracy over the time that was spent training is part of the result. Peers
+that need a GPU are in docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,6 +53,8 @@ class Setting:
     tokens: int = 64
     neurons: int = 0
     """Of each MLP of the model; 0: as many as the base model has."""
+    single_steps: int = 0
+    """That the peer takes once more with one thread; 0: it does not."""
 
     @property
     def completions(self) -> int:
@@ -60,9 +63,10 @@ class Setting:
 
 SETTINGS: Mapping[str, Setting] = {
     "short": Setting(prompts=8, steps=60, evaluate_every=10),
-    "long": Setting(prompts=64, steps=6),
-    "large": Setting(prompts=64, steps=12, evaluate_every=3, neurons=2816),
+    "long": Setting(prompts=64, steps=6, single_steps=6),
+    "large": Setting(prompts=64, steps=12, evaluate_every=3, neurons=2816, single_steps=4),
 }
+PEER, SINGLE = "trl", "trl, 1 thread"
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         lines += [
             f"| {name} | {setting.prompts} x {setting.samples} of {setting.tokens} tokens | "
             f"{report['parameters'][name] / 1e6:.2f} M | {side} | {found['step_s']:.2f} | "
-            f"{rates[side]:.1f} | {rates[side] / rates['trl']:.2f} | {found['peak_gib']:.2f} | {found['wall_s']:.0f} |"
+            f"{rates[side]:.1f} | {rates[side] / rates[PEER]:.2f} | {found['peak_gib']:.2f} | {found['wall_s']:.0f} |"
             for side, found in sides.items()
         ]
     lines += [
@@ -200,12 +204,21 @@ def to_markdown(report: Mapping[str, Any]) -> str:
             if found["curve"]:
                 points = ", ".join(f"{point['train_s']:.0f} s: {point['accuracy']:.3f}" for point in found["curve"])
                 lines += [f"- {name}, {side}: {points}"]
-        curves = [found["curve"] for found in sides.values()]
-        if all(curves):
-            reached = min(max(point["accuracy"] for point in curve) for curve in curves)
-            taken = ", ".join(f"{side} {seconds_to(found['curve'], reached):.0f} s" for side, found in sides.items())
+        curves = {side: found["curve"] for side, found in sides.items() if found["curve"]}
+        if len(curves) > 1:
+            reached = min(max(point["accuracy"] for point in curve) for curve in curves.values())
+            taken = ", ".join(f"{side} {seconds_to(curve, reached):.0f} s" for side, curve in curves.items())
             lines += [f"- {name}: to an accuracy of {reached:.3f}: {taken}"]
     return "\n".join([*lines, ""])
+
+
+def race(setting: Setting, model: Path, seed: int, peer: Path, threads: int) -> dict[str, Result]:
+    """What each side took, one after the other."""
+    found = {"ours": ours(setting, model, seed), PEER: trl(setting, model, seed, peer, threads)}
+    if setting.single_steps:
+        shorter = replace(setting, steps=setting.single_steps, evaluate_every=0)
+        found[SINGLE] = trl(shorter, model, seed, peer, 1)
+    return found
 
 
 @contextmanager
@@ -232,17 +245,17 @@ def main(
     for name in settings.split(","):
         with a_model(SETTINGS[name]) as model:
             parameters[name] = num_parameters(model)
-            both = {"ours": ours(SETTINGS[name], model, seed), "trl": trl(SETTINGS[name], model, seed, peer, threads)}
-        results[name] = {side: {**asdict(found), "step_s": found.step_s} for side, found in both.items()}
+            sides = race(SETTINGS[name], model, seed, peer, threads)
+        results[name] = {side: {**asdict(found), "step_s": found.step_s} for side, found in sides.items()}
         typer.echo(
-            f"{name}: " + ", ".join(f"{side} {found.step_s:.2f} s a step" for side, found in both.items()), err=True
+            f"{name}: " + ", ".join(f"{side} {found.step_s:.2f} s a step" for side, found in sides.items()), err=True
         )
     report = {
         "command": f"python benchmarks/race.py --settings {settings} --seed {seed}",
         "date": time.strftime("%Y-%m-%d"),
         "code": git_state(),
         "machine": describe_machine(PACKAGES),
-        "peer": next(iter(results.values()))["trl"]["versions"],
+        "peer": next(iter(results.values()))[PEER]["versions"],
         "threads": threads,
         "parameters": parameters,
         "results": results,

@@ -39,11 +39,14 @@ def test_the_table_tells_ratio_and_time_to_the_accuracy_that_both_reach() -> Non
         "peer": {"trl": "1.16.0"},
         "threads": 2,
         "parameters": {"short": 520_000},
-        "results": {"short": {"ours": side(2.0, 0.2, 0.4, 0.6), "trl": side(8.0, 0.2, 0.3, 0.4)}},
+        "results": {
+            "short": {"ours": side(2.0, 0.2, 0.4, 0.6), "trl": side(8.0, 0.2, 0.3, 0.4), "trl, 1 thread": side(16.0)}
+        },
     }
     text = race.to_markdown(report)
     assert "| short | 8 x 8 of 64 tokens | 0.52 M | ours | 2.00 | 32.0 | 4.00 | 1.50 | 100 |" in text
     assert "| short | 8 x 8 of 64 tokens | 0.52 M | trl | 8.00 | 8.0 | 1.00 | 1.50 | 100 |" in text
+    assert "| short | 8 x 8 of 64 tokens | 0.52 M | trl, 1 thread | 16.00 | 4.0 | 0.50 | 1.50 | 100 |" in text
     assert "- short: to an accuracy of 0.400: ours 20 s, trl 160 s" in text
 
 
