@@ -5,8 +5,8 @@
 TRACE runs with the oracle annotator, once on its key spans as in the demo and once on tokens drawn outside of them, a
 quarter of each correct response: the oracle's own spans are fewer. Its weight stays up for the whole bench, or the
 later steps would be GRPO's. The policy stays what it is, so that all cases train on the same rollouts: as it learns,
-more and more groups have no spread, which GRPO leaves out and TRACE does not. The teacher has two threads, since it
-works while all others wait. Absolute times belong to this machine; the ratios of one run are what to compare.
+more and more groups have no spread, which GRPO leaves out and TRACE does not. Absolute times belong to this machine; the
+ratios of one run are what to compare.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def records_of(case: str, prompts: int, steps: int, seed: int) -> list[dict[str,
     """What the steps after the warm-up say."""
     preset, over = CASES[case]
     settings = [f"run.steps={steps + WARM_UP_STEPS}", f"sampling.prompts_per_step={prompts}", f"run.seed={seed}"]
-    settings += ["learner.optimizer.learning_rate=1e-9", "placement.teacher.num_cpus=2", "evaluation.every=0"]
+    settings += ["learner.optimizer.learning_rate=1e-9", "evaluation.every=0"]
     settings += ["logging.diagnostics_every=0", "logging.rollouts_every=0"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "run"
