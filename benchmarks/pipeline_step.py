@@ -5,8 +5,8 @@
 TRACE runs with the oracle annotator, once on its key spans as in the demo and once on tokens drawn outside of them, a
 quarter of each correct response: the oracle's own spans are fewer. Its weight stays up for the whole bench, or the
 later steps would be GRPO's. The policy stays what it is, so that all cases train on the same rollouts: as it learns,
-more and more groups have no spread, which GRPO leaves out and TRACE does not. Absolute times belong to this machine; the
-ratios of one run are what to compare.
+more and more groups have no spread, which GRPO leaves out and TRACE does not. Absolute times belong to this machine;
+the ratios of one run are what to compare.
 """
 
 from __future__ import annotations

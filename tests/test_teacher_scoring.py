@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rollouts import ALL, KEY, annotated, configured, key
+from rollouts import KEY, annotated, configured, key
 
 from trace_rl.absent import AbsentTeacher
 from trace_rl.batch import AnnotatedRollout, RolloutKey, TeacherRows
 from trace_rl.config.run import RunConfig
-from trace_rl.errors import WorkerError
+from trace_rl.errors import PreemptedError, WorkerError
 from trace_rl.flops import TeacherCost, TransformerShape
 from trace_rl.prompts import PromptEncoder
 from trace_rl.routing import route_rollouts
@@ -163,14 +163,24 @@ def test_what_the_teacher_raised_meanwhile_is_raised_at_the_end() -> None:
             scoring.finish(route_rollouts(GROUPS[0], SYNCHRONOUS, 0, scoring.routed))
 
 
-def test_a_step_that_ends_early_waits_for_the_running_call_only() -> None:
+def test_a_run_that_is_told_to_end_waits_for_the_running_call_only() -> None:
     side = Side()
     side.teacher.may_score.clear()
-    with pytest.raises(KeyboardInterrupt), TeacherScoring(configured({"all": {**ALL, "action": "fkl"}}), side, 0) as it:
+    with pytest.raises(PreemptedError), TeacherScoring(SYNCHRONOUS, side, 0) as scoring:
         for group in GROUPS:
-            it.begin(group)
+            scoring.begin(group)
         assert side.teacher.is_scoring.wait(60)
         threading.Timer(0.2, side.teacher.may_score.set).start()
+        raise PreemptedError("told to end")
+    assert side.teacher.log == ["step 0", [RolloutKey("p", 0)]]
+
+
+def test_a_run_that_fails_or_is_interrupted_does_not_wait_for_a_teacher_that_hangs() -> None:
+    side = Side()
+    side.teacher.may_score.clear()
+    with pytest.raises(KeyboardInterrupt), TeacherScoring(SYNCHRONOUS, side, 0) as scoring:
+        scoring.begin(GROUPS[0])
+        assert side.teacher.is_scoring.wait(60)
         raise KeyboardInterrupt
-    assert side.teacher.log == ["step 0", [RolloutKey("p", 0), RolloutKey("p", 1)]]
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("teacher")]
+    assert side.teacher.log == ["step 0"]
+    side.teacher.may_score.set()

@@ -18,6 +18,7 @@ from typing import Protocol
 
 from trace_rl.batch import AnnotatedRollout, RolloutKey, RoutedRollout, TeacherRequest, TeacherRows
 from trace_rl.config.run import RunConfig
+from trace_rl.errors import PreemptedError
 from trace_rl.flops import TeacherCost
 from trace_rl.prompts import PromptEncoder
 from trace_rl.protocols import Metrics, Teacher
@@ -42,8 +43,8 @@ class TeacherSide(Protocol):
 class TeacherScoring:
     """What the teacher says of one step's routed tokens.
 
-    To be entered for the step. Calls are served one after the other by a thread; leaving waits for the one that is
-    being served and drops the others.
+    To be entered for the step. Calls are served one after the other by a thread; leaving drops those that nobody waits
+    for. Who is told to end writes a checkpoint next, of the teacher too, and so waits for the one that is being served.
     """
 
     def __init__(self, config: RunConfig, roles: TeacherSide, step: int) -> None:
@@ -64,7 +65,7 @@ class TeacherScoring:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._thread.shutdown(cancel_futures=True)
+        self._thread.shutdown(wait=kind is not None and issubclass(kind, PreemptedError), cancel_futures=True)
 
     def begin(self, group: Sequence[AnnotatedRollout]) -> None:
         """All completions of a prompt are there, and the step trains on them."""
