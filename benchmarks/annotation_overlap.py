@@ -98,7 +98,8 @@ def timeline(trace: dict[str, float], grpo: dict[str, float], calls: list[dict[s
 def _stages(method: str, record: dict[str, float]) -> list[tuple[str, float, float]]:
     rows, at = [], record["time/rollout_s"]
     for stage in ("teacher", "learner", "sync"):
-        rows.append((f"{method}: {stage}", at, at + record[f"time/{stage}_s"]))
+        what = "waiting for the teacher" if stage == "teacher" else stage
+        rows.append((f"{method}: {what}", at, at + record[f"time/{stage}_s"]))
         at += record[f"time/{stage}_s"]
     return rows
 

@@ -27,7 +27,7 @@ import bench_compare
 import bench_stages
 import torch
 import typer
-from counted import DUMP, at_the_roofs
+from counted import DUMP, at_the_roofs, counted
 from launched_run import DEMO, launched, step_records
 from report import describe_machine, git_state, one_line, publish
 from roofs import seconds_of
@@ -105,7 +105,7 @@ def run_once(configs: Sequence[Path], settings: Sequence[str], shared: Path | No
             run.finish(LONGEST_RUN_S)
         after = yardstick()
         records = step_records(folder)[WARM_UP_STEPS:]
-        possible = at_the_roofs(load_config(configs, settings), folder, records, WARM_UP_STEPS, roofs)
+        possible = at_the_roofs(counted(load_config(configs, settings), folder, records, WARM_UP_STEPS, roofs))
     return Run(records, (before + after) / 2, possible)
 
 

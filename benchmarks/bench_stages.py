@@ -10,23 +10,22 @@ from collections.abc import Callable, Mapping, Sequence
 
 Record = Mapping[str, float]
 
-IDLE = {"generation": "generator", "grading": "rewarder", "annotation": "annotator", "teacher": "teacher"}
-"""Stages that work beside each other -> the role whose idle time is counted."""
+ROLES = {"generation": "generator", "grading": "rewarder", "annotation": "annotator", "teacher": "teacher"}
+"""Stages that work beside each other -> the role whose time at work is counted."""
 SPANS = {"learner": "time/learner_s", "weight sync": "time/sync_s"}
 """Stages that the step waits for -> their time."""
 STEP = "step"
-_ROUNDING = 1e-9  # of shares that are sums of differences
+_ROUNDING = 1e-9  # of seconds that are differences of sums
 FORWARD_PASSES = 3
 """Of a step of the learner: the backward pass is about two of them."""
 
 
 def stage_seconds(record: Record) -> dict[str, float]:
     """Seconds of each stage in one step that has any, and of the step."""
-    whole = record["time/step_s"]
-    busy = {stage: 1 - record.get(f"idle/{role}_frac", 1.0) for stage, role in IDLE.items()}
-    found = {stage: share * whole for stage, share in busy.items() if share > _ROUNDING}
+    busy = {stage: record.get(f"busy/{role}_s", 0.0) for stage, role in ROLES.items()}
+    found = {stage: seconds for stage, seconds in busy.items() if seconds > _ROUNDING}
     found |= {stage: record[name] for stage, name in SPANS.items() if record.get(name)}
-    return {**found, STEP: whole}
+    return {**found, STEP: record["time/step_s"]}
 
 
 def throughput(records: Sequence[Record], matmul_flops: float) -> dict[str, dict[str, float]]:

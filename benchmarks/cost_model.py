@@ -26,16 +26,16 @@ import numpy as np
 import torch
 import typer
 from bench_stages import stage_seconds
-from counted import DUMP, at_the_roofs
+from counted import DUMP, at_the_roofs, counted
 from launched_run import DEMO, launched
 from report import describe_machine, git_state, one_line, publish
 from roofs import measure
 from scipy.optimize import nnls
 
 from trace_rl.launch.plan import stages
-from trace_rl.launch.plan.cost import synchronous
+from trace_rl.launch.plan.cost import scored_after_s, synchronous
 from trace_rl.launch.plan.hardware import Fixed, Hardware, Roofs, Shares, measured
-from trace_rl.launch.plan.stages import Stage
+from trace_rl.launch.plan.stages import Given, Stage
 from trace_rl.overlays import load_config
 from trace_rl.workers import environment
 
@@ -95,12 +95,13 @@ class Counted:
     """A point, what the model counts of it, and what it took."""
 
     point: Point
+    given: Given
     roof_s: Mapping[str, float]
     rounds: Mapping[str, float]
     seconds: Mapping[str, float]
-    """Medians over its steps, by stage: the time in which its role was busy."""
+    """Medians over its steps, by stage: how long a step waited for it; of the teacher the time in which it worked."""
     step_s: float
-    """Median of whole steps."""
+    """Median over steps of all that a step waited for."""
 
 
 @dataclass(frozen=True)
@@ -134,12 +135,13 @@ def predict(fits: Mapping[str, Fit], point: Counted) -> dict[str, float]:
     }
 
 
-def step_seconds(told: Mapping[str, float], prompts: int) -> float:
-    """A step of these stages, in which the teacher scores one prompt after the other beside generation."""
+def step_seconds(told: Mapping[str, float], given: Given) -> float:
+    """A step of these stages."""
     parts = {name: Stage(name, 0.0, 0.0, seconds, "overhead") for name, seconds in told.items()}
     generation, teacher = parts.pop(stages.GENERATION), parts.pop(stages.TEACHER, None)
-    last_s = teacher.seconds / prompts if teacher else 0.0
-    return synchronous([generation], last_s, list(parts.values()), teacher).seconds
+    together = given.config.prompts_scored_together
+    taught_s = scored_after_s(generation.seconds, teacher.seconds, given.work, together) if teacher else 0.0
+    return synchronous([generation], 0.0, list(parts.values()), teacher, taught_s).seconds
 
 
 def left_out(points: Sequence[Counted]) -> list[dict[str, float]]:
@@ -177,9 +179,11 @@ def count(point: Point, steps: int, folder: Path, roofs: Roofs) -> Counted:
     """What the model counts of a run that was made, and what it took."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines][WARM_UP_STEPS:]
-    step = at_the_roofs(load_config([DEMO], point.settings(steps)), folder, records, WARM_UP_STEPS, roofs)
+    given = counted(load_config([DEMO], point.settings(steps)), folder, records, WARM_UP_STEPS, roofs)
+    step = at_the_roofs(given)
     return Counted(
         point,
+        given,
         roof_s={name: step.of(name).roof_s for name in STAGES},
         rounds={name: step.of(name).rounds for name in STAGES},
         seconds={
@@ -196,7 +200,7 @@ def errors(points: Sequence[Counted], predicted: Sequence[Mapping[str, float]]) 
     for point, told in zip(points, predicted, strict=True):
         for name, seconds in told.items():
             found[name].append(seconds / point.seconds[name] - 1)
-        found["step"].append(step_seconds(told, point.point.prompts) / point.step_s - 1)
+        found["step"].append(step_seconds(told, point.given) / point.step_s - 1)
     return found
 
 
@@ -242,7 +246,7 @@ def summarise(points: Sequence[Counted]) -> dict[str, Any]:
         {
             **vars(point.point),
             "measured_s": point.step_s,
-            "predicted_s": step_seconds(each, point.point.prompts),
+            "predicted_s": step_seconds(each, point.given),
             "error": off["step"][index],
             "stages": {name: {"measured_s": point.seconds[name], "predicted_s": each[name]} for name in each},
         }

@@ -13,6 +13,7 @@ from trace_rl.config.run import RunConfig
 from trace_rl.launch.plan.cost import StepCost, step_cost
 from trace_rl.launch.plan.hardware import Hardware, Roofs, Shares
 from trace_rl.launch.plan.run_plan import plan_run
+from trace_rl.launch.plan.stages import Given
 from trace_rl.launch.plan.workload import Expected, Lengths, Workload, busy_steps
 from trace_rl.launch.preflight import check
 from trace_rl.launch.prompt_sources import peek
@@ -22,10 +23,15 @@ DUMP = "logging={diagnostics_every: 0, token_figures: known, rollouts_every: 1, 
 _PROMPTS = 64
 
 
-def at_the_roofs(
+def at_the_roofs(given: Given) -> StepCost:
+    """What a step takes where every stage is as fast as the hardware allows."""
+    return step_cost(given, busy_steps(given.config))
+
+
+def counted(
     config: RunConfig, folder: Path, records: Sequence[Mapping[str, float]], warm_up: int, roofs: Roofs
-) -> StepCost:
-    """What a step takes where every stage is as fast as the hardware allows.
+) -> Given:
+    """What a step of a run had to do, on hardware whose roofs every stage reaches.
 
     Args:
         config: as the run was given it.
@@ -41,8 +47,7 @@ def at_the_roofs(
     teacher_tokens = statistics.mean(record.get("teacher/forward_tokens", 0.0) for record in records)
     work = workload_of(config, prompt_tokens, dumps, teacher_tokens)
     hardware = Hardware(roofs=roofs, shares=Shares(generation=1, teacher=1, learner=1, sync=1))
-    given = plan_run(ready.config, ready.prompts, None).given(Expected(), hardware)
-    return step_cost(replace(given, work=work), busy_steps(config))
+    return replace(plan_run(ready.config, ready.prompts, None).given(Expected(), hardware), work=work)
 
 
 def workload_of(

@@ -36,8 +36,10 @@ RECORD = {
     "time/step_s": 2.0,
     "idle/generator_frac": 0.5,
     "idle/rewarder_frac": 0.9,
-    "idle/annotator_frac": 0.95,
-    "idle/teacher_frac": 0.95,
+    "busy/generator_s": 1.0,
+    "busy/rewarder_s": 0.2,
+    "busy/annotator_s": 0.1,
+    "busy/teacher_s": 0.1,
     "memory/generator_engine_host_peak_gib": 1.5,
 }
 ROOFS = Roofs(matmul_flops=3e12, copy_bytes_per_s=1e10, link_bytes_per_s=1e9)
@@ -58,7 +60,7 @@ def test_throughput_by_hand() -> None:
     assert found["teacher"] == pytest.approx({"tokens/s": 300.0, "FLOPs of a full pass": 0.25})
     assert found["learner"] == pytest.approx({"tokens/s": 240.0, "MFU": 0.5})  # 3 x 0.25 / 0.5 / 3
     assert found["weight sync"] == pytest.approx({"GB/s": 0.2})
-    assert bench_stages.idle([RECORD]) == {"generator": 0.5, "rewarder": 0.9, "annotator": 0.95, "teacher": 0.95}
+    assert bench_stages.idle([RECORD]) == {"generator": 0.5, "rewarder": 0.9}
     assert bench_stages.memory([RECORD]) == {"generator_engine_host": 1.5}
 
 

@@ -3,12 +3,14 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from trace_rl.launch.plan.hardware import Roofs, measured
+from trace_rl.launch.plan.workload import Expected, workload
 from trace_rl.overlays import load_config
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -24,9 +26,12 @@ def counted(size: int, noise: float = 1.0, has_teacher: bool = True) -> Any:
     rounds = {"generation": 10.0 + size, "teacher": float(has_teacher), "learner": 2.0, "sync": 1.0}
     roof_s = {"generation": 0.1 * size, "teacher": 0.02 * size * has_teacher, "learner": 0.3 * size, "sync": 0.001}
     seconds = {name: noise * (2 * roof_s[name] + 0.01 * rounds[name]) for name in STAGES}
-    # the teacher is faster than generation, and the step waits for the last of so many prompts
-    step_s = sum(seconds.values()) - seconds["teacher"] * (1 - 1 / size)
-    return cost_model.Counted(cost_model.Point(size, 8, 64, 0.25), roof_s, rounds, seconds, step_s)
+    # all responses end together: the teacher has nothing to do before that
+    config = load_config([cost_model.DEMO], cost_model.Point(size, 8, 64, 0.25).settings(4))
+    given = SimpleNamespace(config=config, work=workload(config, Expected()))
+    return cost_model.Counted(
+        cost_model.Point(size, 8, 64, 0.25), given, roof_s, rounds, seconds, sum(seconds.values())
+    )
 
 
 def test_a_fit_finds_the_share_and_the_round_that_times_were_made_of() -> None:
@@ -81,15 +86,14 @@ def test_a_run_is_counted_without_its_warm_up(tmp_path: Path) -> None:
     with (tmp_path / "metrics.jsonl").open("w") as file:
         for step, learner_s in enumerate((9, 9, 1, 3)):
             times = {"time/rollout_s": 0.5, "time/teacher_s": 0.1, "time/learner_s": learner_s, "time/sync_s": 0.2}
-            times |= {"time/step_s": 2.0, "idle/teacher_frac": 0.9}
+            times |= {"time/step_s": 3.0, "busy/teacher_s": 0.2}
             file.write(json.dumps({"step": step, **times}) + "\n")
     given = Roofs(matmul_flops=1e11, copy_bytes_per_s=1e10, link_bytes_per_s=5e9)
     found = cost_model.count(cost_model.Point(4, 4, 32, 0.25), 4, tmp_path, given)
     assert found.seconds == pytest.approx({"generation": 0.5, "teacher": 0.2, "learner": 2, "sync": 0.2})
     assert found.step_s == pytest.approx(0.5 + 0.1 + 2 + 0.2)
-    # 16 sequences at once, 30 token steps; two ranks have 8 of them in one micro-batch of 2,048 tokens;
-    # the teacher scores prompt by prompt
-    assert found.rounds == {"generation": 30, "teacher": 4, "learner": 1, "sync": 1}
+    # 16 sequences at once, 30 token steps; two ranks have 8 of them in one micro-batch of 2,048 tokens
+    assert found.rounds == {"generation": 30, "teacher": 1, "learner": 1, "sync": 1}
     assert found.roof_s["sync"] == 4 * 514_048 / 5e9  # the demo's weights
     # 512 K parameters, 16 x about 100 tokens, 6 operations each, two ranks
     assert found.roof_s["learner"] == pytest.approx(6 * 5e5 * 1600 / 2 / 1e11, rel=0.3)

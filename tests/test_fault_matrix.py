@@ -60,12 +60,12 @@ ROLES = {  # class, the stage in which it works, and how long after its begin it
     "engine": ("GeneratorEngine", "rollout", 0.15),
     "rewarder": ("MathRewarder", "rollout", 0.05),
     "annotator": ("SpanAnnotator", "rollout", 0.05),
-    "teacher": ("TeacherModel", "teacher", 0.02),
+    "teacher": ("TeacherModel", "rollout", 0.02),
 }
 BOUNDS_S = {"kill": 90.0, "hang": 90.0 + DEAD_AFTER_S, "slow": 30.0}
 """An engine takes half a minute to start where nothing else runs; a step less than two seconds."""
 CELLS = [(fault, role) for role in ROLES for fault in ("slow", "kill", "hang")]
-OWN = ("time/", "clock/", "idle/", "health/", "memory/", "sync/", "annotation/wait", "learner/duration_s")
+OWN = ("time/", "clock/", "idle/", "busy/", "health/", "memory/", "sync/", "annotation/wait", "learner/duration_s")
 """Beginnings of what may differ: times, and what is told of restarts."""
 
 

@@ -189,7 +189,7 @@ def test_a_hung_rewarder_is_named_during_rollout(crew: Crew, monkeypatch: pytest
 
 def test_a_hung_teacher_is_named(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(crew.roles.teacher, "_timeout_s", BOUND_S)
-    said = crew.error_of_step(BOUND_S, teacher=process_of("TeacherModel"))
+    said = crew.error_of_step(BOUND_S, rollout=process_of("TeacherModel"))
     assert said.startswith(f"the teacher did not finish scoring within {BOUND_S:g} s")
     assert_placed(said, "TeacherModel")
 

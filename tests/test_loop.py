@@ -465,7 +465,8 @@ class OneLate(Engine):
 
 
 def test_the_teacher_scores_complete_prompts_while_others_are_sampled():
-    config = configured(steps=1, routes={"all": {**ALL, "action": "fkl"}}, teacher={"context": "none"})
+    alone = {"context": "none", "max_tokens_per_batch": 1}
+    config = configured(steps=1, routes={"all": {**ALL, "action": "fkl"}}, teacher=alone)
     teacher = Teacher()
     roles = make_roles(config, teacher=teacher, sampler=(engine := OneLate(teacher)))
     roles.weight_sync.engine = engine

@@ -26,6 +26,7 @@ from trace_rl.launch.plan.cost import (
     finished_first,
     run_cost,
     running_ahead,
+    scored_after_s,
     step_cost,
     synchronous,
 )
@@ -171,13 +172,14 @@ def test_the_teacher_reads_routed_rollouts_up_to_their_last_span() -> None:
     # states of 16 rows of 4 values of 2 bytes; the policy's weights at 4 of 40 steps
     assert stage.roof_s == pytest.approx(40 + (128 + 28) / 10)
     assert stage.bound == "products"
-    assert stage.rounds == 4  # prompt by prompt
-    assert stages.teacher(given_of(placement={"mode": "colocated"}), BUSY).rounds == 1
+    assert stage.rounds == 1  # a call with all four prompts
+    assert stages.teacher(given_of(teacher={"max_tokens_per_batch": 50}), BUSY).rounds == 4  # prompt by prompt
+    alone = {"max_tokens_per_batch": 100}
+    assert stages.teacher(given_of(teacher=alone, placement={"mode": "colocated"}), BUSY).rounds == 1
     assert stages.teacher(given_of(teacher={"max_tokens_per_batch": 20}), BUSY).rounds == 4 * 25 / 20
     assert stages.teacher(given_of(), ()).seconds == 0
-    # a quarter of it, the weights apart
-    assert stages.last_prompt_scored_s(given_of(), BUSY) == pytest.approx((40 + 12.8) / 4)
-    assert stages.last_prompt_scored_s(given_of(), ()) == 0
+    assert stages.refresh_s(given_of(), BUSY) == 2.8
+    assert stages.refresh_s(given_of(), ()) == 0
 
 
 def test_a_teacher_of_log_probs_projects_routed_rows_and_sends_no_states() -> None:
@@ -266,12 +268,10 @@ def test_who_waits_for_whom() -> None:
     step = synchronous(ahead, 0.5, AFTER)
     assert (step.seconds, step.bottleneck) == (6 + 0.5 + 7, "grading")
     assert step.busy_frac("learner") == 4 / 13.5
-    # a teacher that works beside generation is waited for where it is slower; 0.5 s of the last prompt are its own
-    assert synchronous(ahead, 0.5, AFTER[1:], of("teacher", 6)) == StepCost(
-        (*ahead, of("teacher", 6), *AFTER[1:]), 6.5 + 6, "grading"
-    )
-    slow = synchronous(ahead, 0.5, AFTER[1:], of("teacher", 9))
-    assert (slow.seconds, slow.bottleneck) == (9 + 6, "teacher")
+    # a teacher that works beside generation is waited for where it is done later
+    beside = synchronous(ahead, 0.5, AFTER[1:], of("teacher", 9), taught_s=10)
+    assert beside == StepCost((*ahead, of("teacher", 9), *AFTER[1:]), 10.5 + 6, "teacher")
+    assert synchronous(ahead, 0.5, AFTER[1:], of("teacher", 3), taught_s=5.5).seconds == 6.5 + 6
     # the next rollouts are written while this step learns, and a sync waits for both
     assert finished_first(ahead, 0.5, AFTER).seconds == 6.5 + 2
     assert finished_first([of("generation", 1)], 0.0, AFTER).seconds == 5 + 2
@@ -282,14 +282,26 @@ def test_who_waits_for_whom() -> None:
     assert running_ahead([of("generation", 9)], 8, AFTER, 2).bottleneck == "generation"
 
 
+def test_a_teacher_scores_a_prompt_once_its_longest_response_is_written() -> None:
+    pairs = replace(WORK, responses=Lengths((10.0, 20.0), 20.0), prompts=4, samples=2)
+    # a quarter of the prompts has short responses only. 8 s of 16 s are scored behind the first half of 20 s at the
+    # latest, and 3/4 of 16 s behind the second
+    assert scored_after_s(20, 16, pairs, together=1) == 20 + 16 * 3 / 4
+    assert scored_after_s(20, 16, pairs, together=2) == 20 + 16 * 15 / 16  # four responses have to be short
+    assert scored_after_s(20, 100, pairs, together=1) == 20 / 2 + 100  # it is never idle from the first prompt on
+    longer = replace(pairs, responses=Lengths((10.0, 20.0), 80.0))
+    assert scored_after_s(20, 4, longer, together=1) == 20 + 4 / 4  # one response of all is that long
+    assert scored_after_s(20, 16, replace(WORK, responses=Lengths((20.0,), 20.0)), together=1) == 20 + 16
+
+
 def test_a_run_has_steps_with_and_without_routes() -> None:
     cost = run_cost(given_of())
     assert cost.with_routes is not None
     assert (cost.num_with_routes, cost.num_steps) == (40, 100)
-    # generation, learner, sync, and of the teacher's 55.6 s those of the last prompt
+    # generation, learner, sync, and the teacher without its weights: all responses end at once
     assert cost.without_routes.seconds == pytest.approx(317.76 + 177.6 + 28)
     learner_s = 177.6 + 8 * 0.1 * 1.6 / 2
-    assert cost.with_routes.seconds == pytest.approx(317.76 + 13.2 + learner_s + 28)
+    assert cost.with_routes.seconds == pytest.approx(317.76 + 52.8 + learner_s + 28)
     late = run_cost(given_of(scheduling={"oversampling_frac": 0.25, "late": "drop"})).with_routes
     assert late is not None and late.seconds == pytest.approx(317.76 + 55.6 + learner_s + 28)
     assert cost.seconds == pytest.approx(40 * cost.with_routes.seconds + 60 * cost.without_routes.seconds)
@@ -430,10 +442,10 @@ def test_roofs_are_read_from_what_the_bench_writes(tmp_path: Path) -> None:
 def test_the_section_of_a_plan_says_what_bounds_a_step() -> None:
     lines = list(time_lines(run_cost(given_of()), given_of(), "some GPU"))
     assert lines[0].startswith("some GPU: 1,000 FLOP/s, memory 100 B/s, link 10 B/s a device; ")
-    assert lines[3].split() == ["generation", "5.3", "min", "5.3", "min", "59%", "memory", "bandwidth"]
+    assert lines[3].split() == ["generation", "5.3", "min", "5.3", "min", "55%", "memory", "bandwidth"]
     text = "\n".join(lines)
     assert "bottleneck: generation, by memory bandwidth" in text
-    assert "idle: engines 41%, teacher 90%, learner 67% of a step" in text
+    assert "idle: engines 45%, teacher 90%, learner 69% of a step" in text
     assert "that is a step in which routes read the teacher, 40 of 100; the other 60 take 8.72 min each" in text
     assert lines[-1] == "taken to cost no time, because it is not known: grading (fixed.grading_s of --roofs)"
     asked = given_of(annotator={"backend": {"type": "api", "base_url": "http://127.0.0.1:1/v1", "name": "m"}})

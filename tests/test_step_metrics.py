@@ -109,25 +109,27 @@ def test_teacher_metrics_by_hand() -> None:
     # sent: F(4 + 3, 2) = 70 + 98 + 40 = 208, F(3 + 4, 2) = 208. In full: F(4 + 6, 6) = 100 + 200 + 120 = 420,
     # F(3 + 4, 4) = 70 + 98 + 80 = 248, and behind the student's prompt of 2 tokens
     # F(2 + 10, 10) = 120 + 288 + 200 = 608 and F(2 + 4, 4) = 60 + 72 + 80 = 212
-    assert teacher_metrics(routed, requests, rows, 1, TeacherCost((shape,))) == {
+    assert teacher_metrics(routed, [requests], rows, 1, TeacherCost((shape,))) == {
         "teacher/flops_saved_frac": pytest.approx(1 - 416 / (420 + 248 + 608 + 212)),
         "teacher/forward_tokens": 14.0,
         "teacher/state_bytes": 4 * 2 * 4.0,
     }
     # F(3, 0) = 30 + 18 of a prompt of 4 tokens that two requests have is done once where prompts are shared
     twice, cost = [asked(0, 4, [1, 2])[0], asked(1, 4, [2, 3])[0]], TeacherCost((shape,), shares_prompts=True)
-    apart = teacher_metrics(routed, twice, rows, 1, TeacherCost((shape,)))
-    together = teacher_metrics(routed, twice, rows, 1, cost)
+    apart = teacher_metrics(routed, [twice], rows, 1, TeacherCost((shape,)))
+    together = teacher_metrics(routed, [twice], rows, 1, cost)
     # F(4 + 3, 2) = 208, F(4 + 4, 2) = 80 + 128 + 40 = 248. In full: 420, F(4 + 4, 4) = 80 + 128 + 80 = 288, 608, 212
     assert apart["teacher/flops_saved_frac"] == pytest.approx(1 - 456 / 1528)
     assert together["teacher/flops_saved_frac"] == pytest.approx(1 - (456 - 48) / 1528)
     assert (apart["teacher/forward_tokens"], together["teacher/forward_tokens"]) == (15, 12)
+    two_calls = teacher_metrics(routed, [[each] for each in twice], rows, 1, cost)
+    assert two_calls["teacher/forward_tokens"] == 15  # a call shares nothing with another one
     # two equal models do twice the work on both sides; a second view that was not asked makes F of student prompts
-    assert teacher_metrics(routed, requests, rows, 1, TeacherCost((shape, shape))) == teacher_metrics(
-        routed, requests, rows, 1, TeacherCost((shape,))
+    assert teacher_metrics(routed, [requests], rows, 1, TeacherCost((shape, shape))) == teacher_metrics(
+        routed, [requests], rows, 1, TeacherCost((shape,))
     )
     # F(2 + 6, 6) = 80 + 128 + 120 = 328 and F(2 + 4, 4) = 212 for the two that were sent in the first view only
-    two_views = teacher_metrics(routed, requests, rows, 2, TeacherCost((shape,)))
+    two_views = teacher_metrics(routed, [requests], rows, 2, TeacherCost((shape,)))
     assert two_views["teacher/flops_saved_frac"] == pytest.approx(1 - 416 / (1488 + 328 + 212 + 608 + 212))
 
 
@@ -156,4 +158,4 @@ def test_scoring_everything_spares_nothing() -> None:
     shape = TransformerShape(5, 1, 1, 2, 5)
     routed = route_rollouts(ROLLOUTS[:2], TRACE, 0)
     requests, rows = zip(asked(0, 4, list(range(6))), asked(1, 3, list(range(4))), strict=True)
-    assert teacher_metrics(routed, requests, rows, 1, TeacherCost((shape,)))["teacher/flops_saved_frac"] == 0.0
+    assert teacher_metrics(routed, [requests], rows, 1, TeacherCost((shape,)))["teacher/flops_saved_frac"] == 0.0

@@ -303,6 +303,18 @@ def test_a_copy_that_only_the_teacher_had_is_lost_with_it(at_once, weights):
         teacher.score([request(0, PROMPT, RESPONSE, [0])])
 
 
+def test_a_checkpoint_never_holds_a_later_policy_in_place_of_the_copy(at_once, tmp_path):
+    actor = Actor()
+    teacher = RayTeacher(actor, Source(), Periodic(every=10), timeout_s=1.0)
+    teacher.refresh(0)
+    teacher.score([request(0, PROMPT, RESPONSE, [0])])
+    actor.calls.clear()
+    actor.deaths = ["save"]  # the learner has trained meanwhile
+    with pytest.raises(WorkerError, match="its copy of the policy"):
+        teacher.save(tmp_path)
+    assert actor.calls == ["save"]
+
+
 def test_a_teacher_that_is_late_is_named_and_not_waited_for_again(at_once):
     actor = Actor()
     teacher = RayTeacher(actor, Source(), Frozen(), timeout_s=1.0)

@@ -1,12 +1,13 @@
 """When the teacher is asked, and that its answers and figures do not depend on it."""
 
 import threading
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
-from rollouts import KEY, annotated, configured, key
+from rollouts import ALL, KEY, annotated, configured, key
 
 from trace_rl.absent import AbsentTeacher
 from trace_rl.batch import AnnotatedRollout, RolloutKey, TeacherRows
@@ -25,7 +26,6 @@ GROUPS = [
     [annotated("r", 0, 3, 0.0), annotated("r", 1, 4, 0.0)],
 ]
 SPANS = {"key_spans": KEY}
-SYNCHRONOUS = configured(SPANS)
 
 
 class Letters:
@@ -69,12 +69,16 @@ class Teacher(AbsentTeacher):
 class Side:
     teacher: Teacher = field(default_factory=Teacher)
     encoder: PromptEncoder = field(default_factory=lambda: PromptEncoder(Letters(), "", {}))
-    teacher_cost: TeacherCost = field(default_factory=lambda: TeacherCost((SHAPE,), shares_prompts=True))
+    teacher_cost: TeacherCost = field(default_factory=lambda: TeacherCost((SHAPE,)))
 
 
 def with_sections(config: RunConfig, **sections: Any) -> RunConfig:
     given = config.model_dump(mode="json", exclude_defaults=True)
     return RunConfig.model_validate({**given, **sections})
+
+
+ONE_BY_ONE = {"max_tokens_per_batch": 1}
+SYNCHRONOUS = with_sections(configured(SPANS), teacher=ONE_BY_ONE)
 
 
 def found(evidence: Evidence) -> dict[Any, Any]:
@@ -88,20 +92,47 @@ def all_of(groups: list[list[AnnotatedRollout]]) -> list[AnnotatedRollout]:
 def test_each_prompt_is_sent_once_it_is_complete_and_after_the_weights() -> None:
     side = Side()
     with TeacherScoring(SYNCHRONOUS, side, 0) as scoring:
-        scoring.begin(GROUPS[1])
+        scoring.begin(1, GROUPS[1])
         assert side.teacher.is_scoring.wait(60)  # nothing else was called
-        scoring.begin(GROUPS[0])
-        scoring.begin(GROUPS[2])  # without a span: nobody is asked
-        scoring.finish(route_rollouts(all_of(GROUPS), SYNCHRONOUS, 0, scoring.routed))
+        scoring.begin(0, GROUPS[0])
+        scoring.begin(2, GROUPS[2])  # without a span: nobody is asked
+        scoring.finish(route_rollouts(all_of(GROUPS), SYNCHRONOUS, 0, scoring.routes))
     assert side.teacher.log == ["step 0", [RolloutKey("q", 0)], [RolloutKey("p", 0)]]
+
+
+def test_prompts_that_fill_a_batch_together_share_a_call_whatever_comes_first() -> None:
+    # of 8 completions of at most 100 tokens each
+    together = with_sections(configured(SPANS), teacher={"max_tokens_per_batch": 1600 + 799})
+    assert together.prompts_scored_together == 2
+    side = Side()
+    with TeacherScoring(together, side, 0) as scoring:
+        scoring.begin(2, GROUPS[2])
+        scoring.begin(1, GROUPS[1])
+        assert not scoring.routes
+        scoring.begin(0, GROUPS[0])
+        assert {key.prompt_id for key in scoring.routes} == {"p", "q"}
+        scoring.finish(route_rollouts(all_of(GROUPS), together, 0, scoring.routes))
+    # the third prompt, for whose call there is no fourth, has no span
+    assert side.teacher.log == ["step 0", [RolloutKey("p", 0), RolloutKey("q", 0)]]
+
+
+def test_what_is_left_of_the_last_call_is_asked_for_at_the_end() -> None:
+    config = with_sections(configured({"all": {**ALL, "action": "fkl"}}), teacher={"max_tokens_per_batch": 1600})
+    side = Side()
+    with TeacherScoring(config, side, 0) as scoring:
+        for place, group in enumerate(GROUPS):
+            scoring.begin(place, group)
+        scoring.finish(route_rollouts(all_of(GROUPS), config, 0, scoring.routes))
+    calls = [[key.prompt_id for key in call] for call in side.teacher.log[1:]]
+    assert calls == [["p", "p", "q"], ["r", "r"]]
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
 def test_answers_and_figures_are_those_of_asking_at_the_end(order: tuple[int, ...]) -> None:
     with TeacherScoring(SYNCHRONOUS, Side(), 0) as scoring:
         for index in order:
-            scoring.begin(GROUPS[index][::-1])
-        routed = route_rollouts(all_of(GROUPS), SYNCHRONOUS, 0, scoring.routed)
+            scoring.begin(index, GROUPS[index][::-1])
+        routed = route_rollouts(all_of(GROUPS), SYNCHRONOUS, 0, scoring.routes)
         early, early_cost = scoring.finish(routed)
     with TeacherScoring(SYNCHRONOUS, Side(), 0) as scoring:
         plain = route_rollouts(all_of(GROUPS), SYNCHRONOUS, 0)
@@ -114,11 +145,11 @@ def test_answers_and_figures_are_those_of_asking_at_the_end(order: tuple[int, ..
 
 
 def test_advantages_are_those_of_the_whole_batch() -> None:
-    config = configured(SPANS, advantage="whitened")
+    config = with_sections(configured(SPANS, advantage="whitened"), teacher=ONE_BY_ONE)
     with TeacherScoring(config, Side(), 0) as scoring:
-        for group in GROUPS:
-            scoring.begin(group)
-        routed = route_rollouts(all_of(GROUPS), config, 0, scoring.routed)
+        for place, group in enumerate(GROUPS):
+            scoring.begin(place, group)
+        routed = route_rollouts(all_of(GROUPS), config, 0, scoring.routes)
         scoring.finish(routed)
     expected = [item.advantage for item in route_rollouts(all_of(GROUPS), config, 0)]
     assert [item.advantage for item in routed] == expected
@@ -132,7 +163,8 @@ LATE = {
     ),
     "oversampling": with_sections(SYNCHRONOUS, scheduling={"oversampling_frac": 0.5, "late": "drop"}),
     "colocated": with_sections(SYNCHRONOUS, placement={"mode": "colocated"}, learner={"zero_stage": 1}),
-    "running average": with_sections(SYNCHRONOUS, teacher={"weights": {"type": "ema", "rate": 0.1}}),
+    "on an engine's GPU": with_sections(SYNCHRONOUS, placement={"teacher_place": "with_generator"}),
+    "running average": with_sections(SYNCHRONOUS, teacher={**ONE_BY_ONE, "weights": {"type": "ema", "rate": 0.1}}),
 }
 
 
@@ -140,35 +172,46 @@ LATE = {
 def test_where_it_is_not_certain_what_is_trained_on_all_are_sent_at_the_end(case: str) -> None:
     side, config = Side(), LATE[case]
     with TeacherScoring(config, side, 3) as scoring:
-        for group in GROUPS:
-            scoring.begin(group)
-        assert not side.teacher.log and not scoring.routed
-        scoring.finish(route_rollouts(all_of(GROUPS), config, 3, scoring.routed))
+        for place, group in enumerate(GROUPS):
+            scoring.begin(place, group)
+        assert not side.teacher.log and not scoring.routes
+        scoring.finish(route_rollouts(all_of(GROUPS), config, 3, scoring.routes))
     assert side.teacher.log == ["step 3", [RolloutKey("p", 0), RolloutKey("q", 0)]]
 
 
 def test_without_an_active_route_the_teacher_is_left_alone() -> None:
     side = Side()
     with TeacherScoring(configured(), side, 0) as scoring:
-        scoring.begin(GROUPS[0])
-        evidence, cost = scoring.finish(route_rollouts(GROUPS[0], configured(), 0, scoring.routed))
+        scoring.begin(0, GROUPS[0])
+        evidence, cost = scoring.finish(route_rollouts(GROUPS[0], configured(), 0, scoring.routes))
     assert (side.teacher.log, evidence.views, found(evidence)) == ([], [], {})
     assert cost["teacher/flops_saved_frac"] == 1.0
 
 
 def test_what_the_teacher_raised_meanwhile_is_raised_at_the_end() -> None:
     with TeacherScoring(SYNCHRONOUS, Side(Teacher(fails=True)), 0) as scoring:
-        scoring.begin(GROUPS[0])
+        scoring.begin(0, GROUPS[0])
         with pytest.raises(WorkerError, match="the teacher died"):
-            scoring.finish(route_rollouts(GROUPS[0], SYNCHRONOUS, 0, scoring.routed))
+            scoring.finish(route_rollouts(GROUPS[0], SYNCHRONOUS, 0, scoring.routes))
+
+
+def test_a_failure_is_raised_as_soon_as_another_prompt_is_complete() -> None:
+    side = Side(Teacher(fails=True))
+    with pytest.raises(WorkerError, match="the teacher died"), TeacherScoring(SYNCHRONOUS, side, 0) as scoring:
+        scoring.begin(0, GROUPS[0])
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            scoring.begin(2, GROUPS[2])
+            time.sleep(0.01)
+    assert side.teacher.log == ["step 0"]
 
 
 def test_a_run_that_is_told_to_end_waits_for_the_running_call_only() -> None:
     side = Side()
     side.teacher.may_score.clear()
     with pytest.raises(PreemptedError), TeacherScoring(SYNCHRONOUS, side, 0) as scoring:
-        for group in GROUPS:
-            scoring.begin(group)
+        for place, group in enumerate(GROUPS):
+            scoring.begin(place, group)
         assert side.teacher.is_scoring.wait(60)
         threading.Timer(0.2, side.teacher.may_score.set).start()
         raise PreemptedError("told to end")
@@ -179,7 +222,7 @@ def test_a_run_that_fails_or_is_interrupted_does_not_wait_for_a_teacher_that_han
     side = Side()
     side.teacher.may_score.clear()
     with pytest.raises(KeyboardInterrupt), TeacherScoring(SYNCHRONOUS, side, 0) as scoring:
-        scoring.begin(GROUPS[0])
+        scoring.begin(0, GROUPS[0])
         assert side.teacher.is_scoring.wait(60)
         raise KeyboardInterrupt
     assert side.teacher.log == ["step 0"]

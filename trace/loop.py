@@ -145,7 +145,7 @@ def _step(config: RunConfig, roles: Roles, supply: RolloutSupply, step: int) -> 
     with TeacherScoring(config, roles, step) as scoring:
         with journal.stage("rollout"):
             taken = supply.take(step, scoring.begin)
-            candidates = route_rollouts(taken.annotated, config, step, scoring.routed)
+            candidates = route_rollouts(taken.annotated, config, step, scoring.routes)
         with journal.stage("teacher"):
             evidence, teacher_cost = scoring.finish(candidates)
     with journal.stage("learner"):

@@ -125,7 +125,10 @@ class StoredFile:
 
 
 class Teacher(Protocol):
-    """Scores the student's tokens under privileged context with weights of its own."""
+    """Scores the student's tokens under privileged context with weights of its own.
+
+    `refresh` and `score` are called by a thread, one after the other, while the loop waits for rollouts.
+    """
 
     def refresh(self, step: int) -> bool:
         """Bring the teacher's weights up to date if its policy asks for it at this step."""

@@ -34,6 +34,14 @@ _LIVENESS_S = 1.0  # between two looks whether the threads that bring rollouts s
 _LAST_WAIT_S = 10.0  # for threads whose completions were all given up
 
 
+OnGroup = Callable[[int, Sequence[AnnotatedRollout]], None]
+"""Is told of a prompt whose completions are all there: its place, and they."""
+
+
+def _ignore(place: int, group: Sequence[AnnotatedRollout]) -> None:
+    """Nobody wants to be told of it."""
+
+
 class Stages(Protocol):
     """What `trace_rl.loop.Roles` has of the way from a prompt to an annotated rollout."""
 
@@ -131,25 +139,35 @@ class RolloutSupply:
         self._threads: dict[int, threading.Thread] = {}
         self._replaces = False
         """Whether groups without a signal are replaced at this step."""
-        self._on_group: Callable[[Sequence[AnnotatedRollout]], None] = lambda group: None
+        self._on_group: OnGroup = _ignore
+        self._first_number = 0
+        """Of the groups of this step."""
         self._num_dropped = 0
         self._num_in_flight = 0
         """Groups that are not complete: counted, because every arrival asks."""
 
-    def take(self, step: int, on_group: Callable[[Sequence[AnnotatedRollout]], None] = lambda group: None) -> Taken:
+    def take(self, step: int, on_group: OnGroup = _ignore) -> Taken:
         """The completions that this step trains on, once they are there; admits prompts for it and for later steps.
 
         Args:
-            on_group: told of each prompt whose completions are all there. In synchronous training without
-                oversampling this step trains on them, unless groups without a signal are replaced.
+            on_group: told of each prompt whose completions are all there, where groups without a signal are not
+                replaced; in synchronous training without oversampling this step trains on all of these. Their places
+                are counted from the oldest prompt that was alive when the step began to wait.
 
         Raises:
             TraceError: what a stage raised, now or since the step before.
             PreemptedError: the run was told to end; what was admitted is `pending`.
         """
         self._replaces, self._on_group = self._may_replace(step), on_group
+        try:
+            return self._take(step)
+        finally:
+            self._on_group = _ignore
+
+    def _take(self, step: int) -> Taken:
         self._book_all()
         self._admit(step, self._missing(step))
+        self._first_number = min((group.number for group in self._groups.values()), default=0)
         rounds = self._config.algorithm.dynamic_sampling.max_rounds - 1 if self._replaces else 0
         while True:
             if rounds and (count := self._replacements(step)):
@@ -324,8 +342,9 @@ class RolloutSupply:
         if not group.is_complete:
             return
         self._num_in_flight -= 1
-        self._on_group(group.members)
-        if self._replaces and group.is_uniform:
+        if not self._replaces:
+            self._on_group(group.number - self._first_number, group.members)
+        elif group.is_uniform:
             self._leave(group)
 
     def _check_none_is_lost(self, wave: int) -> None:

@@ -9,7 +9,6 @@ most one exclusive route; nothing depends on the order in which rollouts arrive.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -65,7 +64,7 @@ def route_rollouts(
     annotated: Iterable[AnnotatedRollout],
     config: RunConfig,
     step: int,
-    known: Mapping[RolloutKey, RoutedRollout] = MappingProxyType({}),
+    known: Mapping[RolloutKey, tuple[RoutedTokens, ...]] = MappingProxyType({}),
 ) -> list[RoutedRollout]:
     """Give every rollout its advantage and every token its routes, ordered by rollout key.
 
@@ -74,7 +73,7 @@ def route_rollouts(
 
     Args:
         annotated: all completions of each of their prompts.
-        known: rollouts that were given their routes before, which depend on no other prompt.
+        known: routes that were found before; those of a rollout depend on its prompt and the step alone.
     """
     ordered = sorted(annotated, key=lambda item: item.graded.rollout.key)
     groups = [tuple(group) for _, group in groupby(ordered, key=lambda item: item.graded.rollout.prompt.prompt_id)]
@@ -85,8 +84,9 @@ def route_rollouts(
             rollout = item.graded.rollout
             is_masked = config.algorithm.overlong.mask and rollout.finish_reason == "length"
             if rollout.token_ids and not is_masked:
-                found = known.get(rollout.key) or _route(GroupMember(item, group), config, step)
-                routed.append(replace(found, advantage=float(advantage)))
+                member = GroupMember(item, group)
+                found = known[rollout.key] if rollout.key in known else _routes(member, config, step)
+                routed.append(RoutedRollout(member, float(advantage), found))
     return routed
 
 
@@ -132,8 +132,7 @@ def policy_weights(routed: RoutedRollout, algorithm: Algorithm, step: int) -> Fl
     return weights
 
 
-def _route(member: GroupMember, config: RunConfig, step: int) -> RoutedRollout:
-    """The routes of a rollout, still without its advantage."""
+def _routes(member: GroupMember, config: RunConfig, step: int) -> tuple[RoutedTokens, ...]:
     selected = []
     for index, (name, route) in enumerate(config.algorithm.routes.items()):
         if route.is_active(step):
@@ -141,7 +140,7 @@ def _route(member: GroupMember, config: RunConfig, step: int) -> RoutedRollout:
             positions = route.selector.positions(member, route.teacher_context(config.teacher.context), seed)
             selected.append(RoutedTokens(index, positions, route.schedule.at(step) * route.multiplier))
     routes = list(config.algorithm.routes.values())
-    return RoutedRollout(member, math.nan, _without_claimed(selected, routes, member.length, is_ranked=False))
+    return _without_claimed(selected, routes, member.length, is_ranked=False)
 
 
 def _without_claimed(

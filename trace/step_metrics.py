@@ -94,7 +94,7 @@ def route_metrics(routed: Sequence[RoutedRollout], algorithm: Algorithm, step: i
 
 def teacher_metrics(
     routed: Sequence[RoutedRollout],
-    requests: Sequence[TeacherRequest],
+    calls: Sequence[Sequence[TeacherRequest]],
     rows: Sequence[TeacherRows],
     num_views: int,
     cost: TeacherCost,
@@ -106,18 +106,20 @@ def teacher_metrics(
     states run on the learner, those of log-probs and entropies on the teacher. Where a rollout was not sent, its
     privileged prompt was never made and the student's is counted for it, so the share is rather too small. Padding,
     and what ranked routes project again on the learner to choose their tokens, is left out. Of a prompt that is
-    computed once for several requests all but the last token counts once among the requests.
+    computed once for several requests of a call all but the last token counts once among these.
 
     Args:
         routed: the rollouts that are trained on, when the requests were made of them.
+        calls: the requests that the teacher was given together.
         num_views: the views of the step; 0 where no active route reads the teacher.
         cost: of the teacher.
     """
     if not cost.shapes:
         return {}
+    requests = [request for call in calls for request in call]
     prompts = {(request.key, request.view): len(request.teacher_prompt_token_ids) for request in requests}
     tokens = [len(request.teacher_prompt_token_ids) + len(request.token_ids) for request in requests]
-    again = _read_again(requests) if cost.shares_prompts else []
+    again = [length for call in calls for length in _read_again(call)] if cost.shares_prompts else []
     rows_read = [len(request.positions) for request in requests]
     spent = sum(
         sum(map(shape.forward_flops, tokens, rows_read)) - sum(shape.forward_flops(length, 0) for length in again)

@@ -10,9 +10,27 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A while, and how much of it was idle, in seconds."""
+
+    idle_s: float
+    elapsed_s: float
+
+    @property
+    def busy_s(self) -> float:
+        return self.elapsed_s - self.idle_s
+
+    @property
+    def idle_frac(self) -> float:
+        """In [0, 1]; 1 where no time has passed."""
+        return self.idle_s / self.elapsed_s if self.elapsed_s > 0 else 1.0
 
 
 class IdleMeter:
@@ -53,13 +71,13 @@ class IdleMeter:
         self.begin()
         future.add_done_callback(lambda _: self.end())
 
-    def read(self) -> float:
-        """Share of the time since the last reading that was idle, in [0, 1]."""
+    def read(self) -> Reading:
+        """What the time since the last reading was."""
         with self._lock:
             self._settle()
-            elapsed_s = self._since - self._read_at
-            idle_s, self._idle_s, self._read_at = self._idle_s, 0.0, self._since
-        return idle_s / elapsed_s if elapsed_s > 0 else 1.0
+            found = Reading(self._idle_s, self._since - self._read_at)
+            self._idle_s, self._read_at = 0.0, self._since
+        return found
 
     def _count(self, change: int) -> None:
         with self._lock:
@@ -80,9 +98,10 @@ class IdleShares:
         self._meters = meters
 
     def metrics(self) -> dict[str, float]:
-        """`idle/{role}_frac` since the last call: the mean over the actors of the role."""
-        return {
-            f"idle/{role}_frac": sum(meter.read() for meter in meters) / len(meters)
-            for role, meters in self._meters.items()
-            if meters
-        }
+        """`idle/{role}_frac` and `busy/{role}_s` since the last call: means over the actors of the role."""
+        found = {}
+        for role, meters in self._meters.items():
+            if readings := [meter.read() for meter in meters]:
+                found[f"idle/{role}_frac"] = sum(reading.idle_frac for reading in readings) / len(readings)
+                found[f"busy/{role}_s"] = sum(reading.busy_s for reading in readings) / len(readings)
+        return found

@@ -175,7 +175,7 @@ class DeepSpeedLearner:
         Pass the references on to another actor, and the weights never pass through the driver.
         """
         doing = "exporting its weights"
-        streams = self._ask("export_state")
+        streams = self._start("export_state")
         ends = [stream.completed() for stream in streams]
         others = ends[1:]  # they yield nothing, but when one of them dies rank 0 waits for it in a collective
         deadline = time.monotonic() + self._step_timeout_s
@@ -227,13 +227,13 @@ class DeepSpeedLearner:
 
     def send_weights(self, version: int) -> list[ray.ObjectRef[str]]:
         """Start to send the weights; those who send resolve to a digest, the other ranks join in the gathering."""
-        return self._ask("send_weights", version)
+        return self._start("send_weights", version)
 
     def write_weights(
         self, version: int, folder: str
     ) -> tuple[ray.ObjectRef[WeightManifest], list[ray.ObjectRef[str]]]:
         """Start to write the weights to a folder: where they are, and a digest from each rank, rank 0's of them."""
-        written = self._ask("write_weights", version, folder)
+        written = self._start("write_weights", version, folder)
         return written[0][0], [digest for _, digest in written]
 
     def keep_only(self, version: int, folder: str) -> ray.ObjectRef[None]:
@@ -242,7 +242,7 @@ class DeepSpeedLearner:
 
     def export_adapter(self, version: int) -> tuple[ray.ObjectRef[Adapter], list[ray.ObjectRef[str]]]:
         """Start to copy the adapters: rank 0's, and a digest from each rank, of which the first is that of the copy."""
-        copies = self._ask("export_adapter", version)
+        copies = self._start("export_adapter", version)
         return copies[0][0], [digest for _, digest in copies]
 
     def canary_logprobs(self, sequences: Sequence[tuple[int, ...]]) -> list[Float[np.ndarray, " time"]]:
@@ -257,9 +257,9 @@ class DeepSpeedLearner:
     def _all(self, method: str, *args: Any, start: bool = False) -> list[Any]:
         """Call a method on every rank and wait for all of them."""
         with self.idle.busy():
-            return self._wait(self._ask(method, *args), f"calling {method}", start)
+            return self._wait(self._start(method, *args), f"calling {method}", start)
 
-    def _ask(self, method: str, *args: Any) -> list[Any]:
+    def _start(self, method: str, *args: Any) -> list[Any]:
         """Start a call on every rank; returns a reference each.
 
         Calls of several threads (the teacher's refresh, an engine that comes back) reach all ranks in the same order:

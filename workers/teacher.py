@@ -309,6 +309,8 @@ class RayTeacher:
         return self._surviving(lambda: self._score(requests)) if requests else []
 
     def save(self, path: Path) -> dict[str, StoredFile]:
+        if self._weights.depends_on == "history" and self._needs == "policy":
+            self._needs = "copy"  # the learner may have trained since
         return self._surviving(lambda: self._save(path))
 
     def load(self, path: Path) -> None:

@@ -9,12 +9,13 @@ is a lower bound. Must not know how a cost is printed.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trace_rl.launch.plan import stages
 from trace_rl.launch.plan.stages import Given, Stage
-from trace_rl.launch.plan.workload import busy_steps
+from trace_rl.launch.plan.workload import Workload, busy_steps
 
 LONGEST = "the longest response"
 
@@ -79,7 +80,11 @@ def step_cost(given: Given, busy: Sequence[int]) -> StepCost:
     beside, teacher = [grading, annotation], stages.teacher(given, busy)
     after = [stages.learner(given, bool(busy)), stages.sync(given), stages.driver(given)]
     if given.config.scores_early:
-        return synchronous([batch, *beside], last_s + stages.last_prompt_scored_s(given, busy), after, teacher)
+        scoring_s = teacher.seconds - stages.refresh_s(given, busy) if busy else 0.0
+        taught_s = max(
+            teacher.seconds, scored_after_s(batch.seconds, scoring_s, given.work, given.config.prompts_scored_together)
+        )
+        return synchronous([batch, *beside], last_s, after, teacher, taught_s)
     after.insert(0, teacher)
     scheduling = given.config.scheduling
     if scheduling.is_synchronous:
@@ -90,22 +95,50 @@ def step_cost(given: Given, busy: Sequence[int]) -> StepCost:
     return running_ahead([steady, *beside], batch.seconds + last_s, after, scheduling.max_staleness)
 
 
+def scored_after_s(generation_s: float, scoring_s: float, work: Workload, together: int) -> float:
+    """When a teacher is done that scores some prompts once their longest response is written: the largest of
+
+        g r / longest + t (1 - F(r)^n)     over the lengths r of responses
+        g + t m / prompts                  the last call
+
+    with F(r) the share of responses that are shorter than r, n responses and m prompts a call, g and t the times of
+    generation and of scoring: what is complete at r or later is scored after it. All responses are taken to be begun at
+    once; where engines hold fewer, prompts are complete earlier.
+
+    Args:
+        together: prompts of a call.
+    """
+    lengths, longest = work.responses.quantiles, work.responses.longest
+    shorter = [bisect_left(lengths, length) / len(lengths) for length in lengths]
+    return max(
+        generation_s + scoring_s * min(1.0, together / work.prompts),
+        *(
+            generation_s * length / longest + scoring_s * (1 - share ** (together * work.samples))
+            for length, share in zip(lengths, shorter, strict=True)
+        ),
+    )
+
+
 def synchronous(
-    ahead: Sequence[Stage], last_s: float, after: Sequence[Stage], teacher: Stage | None = None
+    ahead: Sequence[Stage],
+    last_s: float,
+    after: Sequence[Stage],
+    teacher: Stage | None = None,
+    taught_s: float = 0.0,
 ) -> StepCost:
-    """max(max(generation, grading, annotation) + what is last, teacher) + all that follows.
+    """max(generation, grading, annotation; a teacher beside them) + the last response's grading and annotation + all
+    that follows.
 
     Args:
         ahead: stages that give the step its rollouts, at the same time.
-        last_s: what comes behind the last token: grading, annotation, and where `teacher` is given the last prompt's
-            scoring.
+        last_s: what the last response takes from its last token to being annotated.
         after: stages that follow each other.
-        teacher: works beside those ahead, prompt by prompt.
+        teacher: one that scores while others sample.
+        taught_s: when it is done (`scored_after_s`).
     """
     slowest = _slowest(ahead)
     beside = [teacher] if teacher else []
-    supply_s = max([slowest.seconds + last_s, *(stage.seconds for stage in beside)])
-    seconds = supply_s + sum(stage.seconds for stage in after)
+    seconds = max(slowest.seconds, taught_s) + last_s + sum(stage.seconds for stage in after)
     return _step([*ahead, *beside], after, seconds, _slowest([slowest, *beside, *after]).name)
 
 

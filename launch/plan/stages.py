@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from trace_rl.config.run import RunConfig
@@ -200,7 +200,7 @@ def teacher(given: Given, busy: Sequence[int]) -> Stage:
 
     bytes = n E[r] x routed share x views x m d b of states, and W of the policy's weights at steps that refresh them.
 
-    Rounds are batches: full ones, but at least one for each prompt where prompts are scored one by one.
+    Rounds are batches: full ones, but at least one for each call.
 
     Args:
         busy: the steps with routes, the step being one of them; none where it is not.
@@ -214,33 +214,28 @@ def teacher(given: Given, busy: Sequence[int]) -> Stage:
     rows = work.num_rollouts * work.responses.mean * work.routed_tokens_frac
     states = rows * sum("states" in view.outputs for view in views) * models * given.teacher.hidden * shipped
     tokens = work.prompt_tokens + work.context_tokens + work.routed_reach_frac * work.responses.mean
-    read = work.num_rollouts * work.routed_rollouts_frac * len(views) * models * tokens
-    calls = work.prompts if config.scores_early else 1
+    calls = math.ceil(work.prompts / config.prompts_scored_together) if config.scores_early else 1
+    read = work.num_rollouts / calls * work.routed_rollouts_frac * len(views) * models * tokens
     return _stage(
         TEACHER,
         {
             "products": teacher_flops(given, busy[0]) / hardware.roofs.matmul_flops,
-            "link": states / hardware.roofs.link_bytes_per_s + _refresh_s(given, busy),
+            "link": (states + _refreshed_bytes(given, busy)) / hardware.roofs.link_bytes_per_s,
         },
         hardware.shares.teacher,
-        max(float(calls), read / config.teacher.max_tokens_per_batch),
+        calls * max(1.0, read / config.teacher.max_tokens_per_batch),
         hardware.fixed.teacher_pass_s,
     )
 
 
-def last_prompt_scored_s(given: Given, busy: Sequence[int]) -> float:
-    """How long the teacher takes for one prompt, its weights being there."""
-    if not busy:
-        return 0.0
-    one = teacher(replace(given, work=replace(given.work, prompts=1)), busy)
-    return one.seconds - _refresh_s(given, busy) / given.hardware.shares.teacher
+def refresh_s(given: Given, busy: Sequence[int]) -> float:
+    """How much of the teacher's time its weights take, which are there before anything is scored."""
+    return _refreshed_bytes(given, busy) / given.hardware.roofs.link_bytes_per_s / given.hardware.shares.teacher
 
 
-def _refresh_s(given: Given, busy: Sequence[int]) -> float:
-    """What the policy's weights take to the teacher, on average over the steps."""
-    weights = given.config.teacher.weights
-    refreshed = sum(weights.rate_at(step) > 0 for step in busy) / len(busy) * given.shape.weights.nbytes
-    return refreshed / given.hardware.roofs.link_bytes_per_s
+def _refreshed_bytes(given: Given, busy: Sequence[int]) -> float:
+    rates = [given.config.teacher.weights.rate_at(step) for step in busy]
+    return sum(rate > 0 for rate in rates) / max(1, len(rates)) * given.shape.weights.nbytes
 
 
 def learner_flops(given: Given, has_routes: bool) -> float:

@@ -67,12 +67,21 @@ class RunConfig(Section):
     def scores_early(self) -> bool:
         """Whether the teacher scores completions while others are being sampled.
 
-        Only where every completion that is sampled for a step is trained on by it. Not where engines have the GPUs on
-        which the learner would hand over its weights; nor under a running average of weights, which would be one step
-        ahead in the checkpoint of a run that is told to end meanwhile.
+        Only where no prompt that is sampled for a step is given up (dynamic sampling does not replace prompts while a
+        route is active). Not where the teacher would take a GPU from engines that sample, or where these have those on
+        which the learner hands over its weights; nor under a running average of weights, which would be one step ahead
+        in the checkpoint of a run that is told to end meanwhile.
         """
         is_certain = self.scheduling.is_synchronous and not self.scheduling.oversampling_frac
-        return is_certain and self.placement.mode != "colocated" and not self.teacher.weights.is_average
+        is_apart = self.placement.mode != "colocated" and self.placement.teacher_place != "with_generator"
+        return is_certain and is_apart and not self.teacher.weights.is_average
+
+    @property
+    def prompts_scored_together(self) -> int:
+        """How many prompts the teacher then scores in one call: as many as fill one of its batches with completions of
+        full length, so that batches are no smaller than where all completions are scored together."""
+        longest = self.sampling.samples_per_prompt * self.sampling.max_response_tokens
+        return max(1, self.teacher.max_tokens_per_batch // longest)
 
     @property
     def needs_annotator(self) -> bool:
