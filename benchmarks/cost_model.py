@@ -33,7 +33,7 @@ from roofs import measure
 from scipy.optimize import nnls
 
 from trace_rl.launch.plan import stages
-from trace_rl.launch.plan.cost import scored_after_s, synchronous
+from trace_rl.launch.plan.cost import scored_s, synchronous
 from trace_rl.launch.plan.hardware import Fixed, Hardware, Roofs, Shares, measured
 from trace_rl.launch.plan.stages import Given, Stage
 from trace_rl.overlays import load_config
@@ -76,7 +76,7 @@ class Point:
             f"sampling.samples_per_prompt={self.samples}",
             f"sampling.max_response_tokens={self.budget}",
             "data.task={min_steps: 8, max_steps: 10}",
-            "teacher={context: none, weights: frozen}",
+            "teacher={context: none, weights: frozen, max_tokens_per_batch: 2048}",  # several calls a step
             "learner.optimizer.learning_rate=1e-9",  # lengths stay what they are
             f"run.steps={steps}",
             "evaluation.every=0",
@@ -138,10 +138,11 @@ def predict(fits: Mapping[str, Fit], point: Counted) -> dict[str, float]:
 def step_seconds(told: Mapping[str, float], given: Given) -> float:
     """A step of these stages."""
     parts = {name: Stage(name, 0.0, 0.0, seconds, "overhead") for name, seconds in told.items()}
-    generation, teacher = parts.pop(stages.GENERATION), parts.pop(stages.TEACHER, None)
-    together = given.config.prompts_scored_together
-    taught_s = scored_after_s(generation.seconds, teacher.seconds, given.work, together) if teacher else 0.0
-    return synchronous([generation], 0.0, list(parts.values()), teacher, taught_s).seconds
+    ahead = [parts.pop(name) for name in (stages.GENERATION, stages.TEACHER) if name in parts]
+    done_s = scored_s(
+        told[stages.GENERATION], told.get(stages.TEACHER, 0.0), given.work, given.config.prompts_scored_together
+    )
+    return synchronous(ahead, 0.0, list(parts.values()), done_s).seconds
 
 
 def left_out(points: Sequence[Counted]) -> list[dict[str, float]]:

@@ -40,6 +40,7 @@ SMALL = [
     f"sampling.prompts_per_step={PROMPTS}",
     "sampling.samples_per_prompt=4",
     "sampling.max_response_tokens=64",
+    "teacher.max_tokens_per_batch=256",  # prompts are scored one by one, while others are sampled
     "evaluation.every=0",
     "logging.token_figures=known",
     "logging.diagnostics_every=0",

@@ -31,8 +31,9 @@ def test_every_number_on_paper_follows_from_those_before_it(large: Case) -> None
         # micro-batches are whole
         assert (found < row.value < found + 1) if "rounded up" in row.what else found == pytest.approx(row.value, 1e-3)
     parts = {row.what.split("**")[1]: row.value for row in rows if row.what.startswith("**")}
-    rest = parts["a step"] - sum(parts[name] for name in ("teacher", "learner", "sync", "driver"))
-    assert 0 < rest < parts["generation"] < parts["teacher"] / 10  # until the first prompts are complete
+    (done_s,) = [row.value for row in rows if row.what.startswith("the teacher is done")]
+    expected = done_s + sum(parts[name] for name in ("learner", "sync", "driver"))
+    assert parts["a step"] == rows[-1].value == pytest.approx(expected)
 
 
 def test_the_large_model_has_the_published_size_and_fits(large: Case) -> None:

@@ -46,6 +46,7 @@ SMALL = [
     "sampling.prompts_per_step=4",
     "sampling.samples_per_prompt=4",
     "sampling.max_response_tokens=64",
+    "teacher.max_tokens_per_batch=256",  # prompts are scored one by one, while others are sampled
     "learner.world_size=1",
     "teacher.weights=live",
     "evaluation.every=0",
@@ -60,7 +61,8 @@ ROLES = {  # class, the stage in which it works, and how long after its begin it
     "engine": ("GeneratorEngine", "rollout", 0.15),
     "rewarder": ("MathRewarder", "rollout", 0.05),
     "annotator": ("SpanAnnotator", "rollout", 0.05),
-    "teacher": ("TeacherModel", "rollout", 0.02),
+    "teacher": ("TeacherModel", "rollout", 0.02),  # it takes the policy's weights
+    "scoring teacher": ("TeacherModel", "rollout", 0.6),
 }
 BOUNDS_S = {"kill": 90.0, "hang": 90.0 + DEAD_AFTER_S, "slow": 30.0}
 """An engine takes half a minute to start where nothing else runs; a step less than two seconds."""

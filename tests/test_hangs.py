@@ -48,6 +48,7 @@ SMALL = [
     "sampling.prompts_per_step=4",
     "sampling.samples_per_prompt=4",
     "sampling.max_response_tokens=64",
+    "teacher.max_tokens_per_batch=256",  # prompts are scored one by one, while others are sampled
     "learner.world_size=1",
     "evaluation.every=0",
     "logging.diagnostics_every=0",

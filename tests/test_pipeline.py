@@ -21,6 +21,7 @@ SMALL = [
     "evaluation.samples_per_prompt=1",
     "evaluation.every=2",
     "logging.rollouts_every=1",
+    "teacher.max_tokens_per_batch=512",  # prompts are scored one by one, while others are sampled
 ]
 
 

@@ -26,7 +26,7 @@ from trace_rl.launch.plan.cost import (
     finished_first,
     run_cost,
     running_ahead,
-    scored_after_s,
+    scored_s,
     step_cost,
     synchronous,
 )
@@ -268,10 +268,9 @@ def test_who_waits_for_whom() -> None:
     step = synchronous(ahead, 0.5, AFTER)
     assert (step.seconds, step.bottleneck) == (6 + 0.5 + 7, "grading")
     assert step.busy_frac("learner") == 4 / 13.5
-    # a teacher that works beside generation is waited for where it is done later
-    beside = synchronous(ahead, 0.5, AFTER[1:], of("teacher", 9), taught_s=10)
+    # a teacher that works beside generation, and is done later
+    beside = synchronous([*ahead, of("teacher", 9)], 0.5, AFTER[1:], supplied_s=10)
     assert beside == StepCost((*ahead, of("teacher", 9), *AFTER[1:]), 10.5 + 6, "teacher")
-    assert synchronous(ahead, 0.5, AFTER[1:], of("teacher", 3), taught_s=5.5).seconds == 6.5 + 6
     # the next rollouts are written while this step learns, and a sync waits for both
     assert finished_first(ahead, 0.5, AFTER).seconds == 6.5 + 2
     assert finished_first([of("generation", 1)], 0.0, AFTER).seconds == 5 + 2
@@ -286,12 +285,12 @@ def test_a_teacher_scores_a_prompt_once_its_longest_response_is_written() -> Non
     pairs = replace(WORK, responses=Lengths((10.0, 20.0), 20.0), prompts=4, samples=2)
     # a quarter of the prompts has short responses only. 8 s of 16 s are scored behind the first half of 20 s at the
     # latest, and 3/4 of 16 s behind the second
-    assert scored_after_s(20, 16, pairs, together=1) == 20 + 16 * 3 / 4
-    assert scored_after_s(20, 16, pairs, together=2) == 20 + 16 * 15 / 16  # four responses have to be short
-    assert scored_after_s(20, 100, pairs, together=1) == 20 / 2 + 100  # it is never idle from the first prompt on
+    assert scored_s(20, 16, pairs, together=1) == 20 + 16 * 3 / 4
+    assert scored_s(20, 16, pairs, together=2) == 20 + 16 * 15 / 16  # four responses have to be short
+    assert scored_s(20, 100, pairs, together=1) == 20 / 2 + 100  # it is never idle from the first prompt on
     longer = replace(pairs, responses=Lengths((10.0, 20.0), 80.0))
-    assert scored_after_s(20, 4, longer, together=1) == 20 + 4 / 4  # one response of all is that long
-    assert scored_after_s(20, 16, replace(WORK, responses=Lengths((20.0,), 20.0)), together=1) == 20 + 16
+    assert scored_s(20, 4, longer, together=1) == 20 + 4 / 4  # one response of all is that long
+    assert scored_s(20, 16, replace(WORK, responses=Lengths((20.0,), 20.0)), together=1) == 20 + 16
 
 
 def test_a_run_has_steps_with_and_without_routes() -> None:
@@ -302,6 +301,10 @@ def test_a_run_has_steps_with_and_without_routes() -> None:
     assert cost.without_routes.seconds == pytest.approx(317.76 + 177.6 + 28)
     learner_s = 177.6 + 8 * 0.1 * 1.6 / 2
     assert cost.with_routes.seconds == pytest.approx(317.76 + 52.8 + learner_s + 28)
+    # where replies of a model take longer than generation, the teacher's last call comes behind these: 8 x 120 s
+    model = {"type": "api", "base_url": "http://127.0.0.1:1/v1", "name": "m", "limits": {"concurrency": 1}}
+    asked = run_cost(given_of(work=replace(WORK, annotation_s=120), annotator={"backend": model})).with_routes
+    assert asked is not None and asked.seconds == pytest.approx(960 + 52.8 + 120 + learner_s + 28)
     late = run_cost(given_of(scheduling={"oversampling_frac": 0.25, "late": "drop"})).with_routes
     assert late is not None and late.seconds == pytest.approx(317.76 + 55.6 + learner_s + 28)
     assert cost.seconds == pytest.approx(40 * cost.with_routes.seconds + 60 * cost.without_routes.seconds)

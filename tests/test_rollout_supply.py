@@ -121,9 +121,9 @@ def supply(sampler, source=None, pending=(), **config):
 class Taking:
     """A `take` in a thread of its own, which may have to wait."""
 
-    def __init__(self, supply, step):
+    def __init__(self, supply, step, on_group=lambda place, group: None):
         self.result = queue.SimpleQueue()
-        self.thread = threading.Thread(target=lambda: self.result.put(supply.take(step)), daemon=True)
+        self.thread = threading.Thread(target=lambda: self.result.put(supply.take(step, on_group)), daemon=True)
         self.thread.start()
 
     def is_waiting(self):
@@ -166,6 +166,50 @@ def test_a_synchronous_step_waits_for_its_last_completion():
     assert taking.is_waiting()
     sampler.finish("p1", 1)
     assert taking.prompts() == ["p0", "p1"]
+
+
+class Places:
+    """Notes which place each prompt was told of at."""
+
+    def __init__(self):
+        self.of = {}
+
+    def __call__(self, place, group):
+        assert len(group) == 2
+        self.of[group[0].graded.rollout.prompt.prompt_id] = place
+
+
+@pytest.mark.parametrize("order", [("p0", "p1", "p2"), ("p2", "p0", "p1"), ("p1", "p2", "p0")])
+def test_places_are_those_of_drawing_whatever_is_complete_first(order):
+    sampler = Sampler()
+    synchronous = supply(sampler, prompts=3)
+    places = Places()
+    taking = Taking(synchronous, 0, places)
+    assert taking.is_waiting() and places.of == {}
+    for name in order:
+        sampler.finish_group(name)
+    assert taking.prompts() == ["p0", "p1", "p2"]
+    assert places.of == {"p0": 0, "p1": 1, "p2": 2}
+    places = Places()
+    sampler.at_once = True
+    assert prompts_of(synchronous.take(1, places)) == ["p3", "p4", "p5"]
+    assert places.of == {"p3": 0, "p4": 1, "p5": 2}
+
+
+def test_prompts_that_a_run_left_behind_have_the_places_that_they_had():
+    drawn = [Drawn({"index": 0}, 3, index) for index in range(3)]
+    source = Numbered()
+    source.seek({"index": 3})
+    places = Places()
+    prompts_of(supply(Sampler(at_once=True), source, drawn, prompts=3).take(0, places))
+    assert places.of == {"p0": 0, "p1": 1, "p2": 2}
+
+
+def test_groups_that_may_be_replaced_are_told_to_nobody():
+    sampler = Sampler(at_once=True)
+    places = Places()
+    supply(sampler, prompts=2, dynamic=2).take(0, places)
+    assert places.of == {}
 
 
 def test_one_step_off_samples_the_next_step_while_this_one_is_learnt():

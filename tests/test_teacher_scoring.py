@@ -12,7 +12,7 @@ from rollouts import ALL, KEY, annotated, configured, key
 from trace_rl.absent import AbsentTeacher
 from trace_rl.batch import AnnotatedRollout, RolloutKey, TeacherRows
 from trace_rl.config.run import RunConfig
-from trace_rl.errors import PreemptedError, WorkerError
+from trace_rl.errors import DeadlineError, PreemptedError, WorkerError
 from trace_rl.flops import TeacherCost, TransformerShape
 from trace_rl.prompts import PromptEncoder
 from trace_rl.routing import route_rollouts
@@ -34,16 +34,19 @@ class Letters:
 
 
 class Teacher(AbsentTeacher):
-    """Says of each row which weights it was scored with; blocks while `may_score` is not set."""
+    """Says of each row of which step its weights are, and whose it is; blocks while `may_score` is not set."""
 
     def __init__(self, fails: bool = False) -> None:
         self.log: list[Any] = []
-        self.is_scoring, self.may_score = threading.Event(), threading.Event()
+        self.step = -1
+        self.is_refreshed, self.is_scoring, self.may_score = (threading.Event() for _ in range(3))
         self.may_score.set()
         self._fails = fails
 
     def refresh(self, step: int) -> bool:
         self.log.append(f"step {step}")
+        self.step = step
+        self.is_refreshed.set()
         return True
 
     def score(self, requests: Any) -> list[TeacherRows]:
@@ -57,7 +60,7 @@ class Teacher(AbsentTeacher):
                 request.key,
                 request.view,
                 request.positions,
-                np.full((len(request.positions), 2), request.key.sample + len(self.log[0]), dtype=np.float32),
+                np.array([[self.step, ord(request.key.prompt_id) + request.key.sample]] * len(request.positions)),
                 np.zeros(0),
                 np.zeros(0),
             )
@@ -92,10 +95,10 @@ def all_of(groups: list[list[AnnotatedRollout]]) -> list[AnnotatedRollout]:
 def test_each_prompt_is_sent_once_it_is_complete_and_after_the_weights() -> None:
     side = Side()
     with TeacherScoring(SYNCHRONOUS, side, 0) as scoring:
-        scoring.begin(1, GROUPS[1])
+        scoring.add(1, GROUPS[1])
         assert side.teacher.is_scoring.wait(60)  # nothing else was called
-        scoring.begin(0, GROUPS[0])
-        scoring.begin(2, GROUPS[2])  # without a span: nobody is asked
+        scoring.add(0, GROUPS[0])
+        scoring.add(2, GROUPS[2])  # without a span: nobody is asked
         scoring.finish(route_rollouts(all_of(GROUPS), SYNCHRONOUS, 0, scoring.routes))
     assert side.teacher.log == ["step 0", [RolloutKey("q", 0)], [RolloutKey("p", 0)]]
 
@@ -106,10 +109,10 @@ def test_prompts_that_fill_a_batch_together_share_a_call_whatever_comes_first() 
     assert together.prompts_scored_together == 2
     side = Side()
     with TeacherScoring(together, side, 0) as scoring:
-        scoring.begin(2, GROUPS[2])
-        scoring.begin(1, GROUPS[1])
+        scoring.add(2, GROUPS[2])
+        scoring.add(1, GROUPS[1])
         assert not scoring.routes
-        scoring.begin(0, GROUPS[0])
+        scoring.add(0, GROUPS[0])
         assert {key.prompt_id for key in scoring.routes} == {"p", "q"}
         scoring.finish(route_rollouts(all_of(GROUPS), together, 0, scoring.routes))
     # the third prompt, for whose call there is no fourth, has no span
@@ -121,7 +124,7 @@ def test_what_is_left_of_the_last_call_is_asked_for_at_the_end() -> None:
     side = Side()
     with TeacherScoring(config, side, 0) as scoring:
         for place, group in enumerate(GROUPS):
-            scoring.begin(place, group)
+            scoring.add(place, group)
         scoring.finish(route_rollouts(all_of(GROUPS), config, 0, scoring.routes))
     calls = [[key.prompt_id for key in call] for call in side.teacher.log[1:]]
     assert calls == [["p", "p", "q"], ["r", "r"]]
@@ -131,7 +134,7 @@ def test_what_is_left_of_the_last_call_is_asked_for_at_the_end() -> None:
 def test_answers_and_figures_are_those_of_asking_at_the_end(order: tuple[int, ...]) -> None:
     with TeacherScoring(SYNCHRONOUS, Side(), 0) as scoring:
         for index in order:
-            scoring.begin(index, GROUPS[index][::-1])
+            scoring.add(index, GROUPS[index][::-1])
         routed = route_rollouts(all_of(GROUPS), SYNCHRONOUS, 0, scoring.routes)
         early, early_cost = scoring.finish(routed)
     with TeacherScoring(SYNCHRONOUS, Side(), 0) as scoring:
@@ -148,7 +151,7 @@ def test_advantages_are_those_of_the_whole_batch() -> None:
     config = with_sections(configured(SPANS, advantage="whitened"), teacher=ONE_BY_ONE)
     with TeacherScoring(config, Side(), 0) as scoring:
         for place, group in enumerate(GROUPS):
-            scoring.begin(place, group)
+            scoring.add(place, group)
         routed = route_rollouts(all_of(GROUPS), config, 0, scoring.routes)
         scoring.finish(routed)
     expected = [item.advantage for item in route_rollouts(all_of(GROUPS), config, 0)]
@@ -173,8 +176,8 @@ def test_where_it_is_not_certain_what_is_trained_on_all_are_sent_at_the_end(case
     side, config = Side(), LATE[case]
     with TeacherScoring(config, side, 3) as scoring:
         for place, group in enumerate(GROUPS):
-            scoring.begin(place, group)
-        assert not side.teacher.log and not scoring.routes
+            scoring.add(place, group)
+        assert not side.teacher.is_refreshed.wait(0.2) and not scoring.routes
         scoring.finish(route_rollouts(all_of(GROUPS), config, 3, scoring.routes))
     assert side.teacher.log == ["step 3", [RolloutKey("p", 0), RolloutKey("q", 0)]]
 
@@ -182,7 +185,7 @@ def test_where_it_is_not_certain_what_is_trained_on_all_are_sent_at_the_end(case
 def test_without_an_active_route_the_teacher_is_left_alone() -> None:
     side = Side()
     with TeacherScoring(configured(), side, 0) as scoring:
-        scoring.begin(0, GROUPS[0])
+        scoring.add(0, GROUPS[0])
         evidence, cost = scoring.finish(route_rollouts(GROUPS[0], configured(), 0, scoring.routes))
     assert (side.teacher.log, evidence.views, found(evidence)) == ([], [], {})
     assert cost["teacher/flops_saved_frac"] == 1.0
@@ -190,7 +193,7 @@ def test_without_an_active_route_the_teacher_is_left_alone() -> None:
 
 def test_what_the_teacher_raised_meanwhile_is_raised_at_the_end() -> None:
     with TeacherScoring(SYNCHRONOUS, Side(Teacher(fails=True)), 0) as scoring:
-        scoring.begin(0, GROUPS[0])
+        scoring.add(0, GROUPS[0])
         with pytest.raises(WorkerError, match="the teacher died"):
             scoring.finish(route_rollouts(GROUPS[0], SYNCHRONOUS, 0, scoring.routes))
 
@@ -198,10 +201,10 @@ def test_what_the_teacher_raised_meanwhile_is_raised_at_the_end() -> None:
 def test_a_failure_is_raised_as_soon_as_another_prompt_is_complete() -> None:
     side = Side(Teacher(fails=True))
     with pytest.raises(WorkerError, match="the teacher died"), TeacherScoring(SYNCHRONOUS, side, 0) as scoring:
-        scoring.begin(0, GROUPS[0])
+        scoring.add(0, GROUPS[0])
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
-            scoring.begin(2, GROUPS[2])
+            scoring.add(2, GROUPS[2])
             time.sleep(0.01)
     assert side.teacher.log == ["step 0"]
 
@@ -211,19 +214,48 @@ def test_a_run_that_is_told_to_end_waits_for_the_running_call_only() -> None:
     side.teacher.may_score.clear()
     with pytest.raises(PreemptedError), TeacherScoring(SYNCHRONOUS, side, 0) as scoring:
         for place, group in enumerate(GROUPS):
-            scoring.begin(place, group)
+            scoring.add(place, group)
         assert side.teacher.is_scoring.wait(60)
-        threading.Timer(0.2, side.teacher.may_score.set).start()
+
+        def let_it() -> None:
+            scoring._is_closed.wait(60)
+            side.teacher.may_score.set()
+
+        threading.Thread(target=let_it).start()
         raise PreemptedError("told to end")
     assert side.teacher.log == ["step 0", [RolloutKey("p", 0)]]
+
+
+def test_a_teacher_that_failed_meanwhile_does_not_keep_a_run_from_its_checkpoint(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    side = Side(Teacher(fails=True))
+    with pytest.raises(PreemptedError), TeacherScoring(SYNCHRONOUS, side, 0) as scoring:
+        scoring.add(0, GROUPS[0])
+        assert side.teacher.is_scoring.wait(60)
+        raise PreemptedError("told to end")
+    assert "The teacher failed while the run was told to end: the teacher died" in caplog.text
 
 
 def test_a_run_that_fails_or_is_interrupted_does_not_wait_for_a_teacher_that_hangs() -> None:
     side = Side()
     side.teacher.may_score.clear()
     with pytest.raises(KeyboardInterrupt), TeacherScoring(SYNCHRONOUS, side, 0) as scoring:
-        scoring.begin(0, GROUPS[0])
+        scoring.add(0, GROUPS[0])
         assert side.teacher.is_scoring.wait(60)
         raise KeyboardInterrupt
-    assert side.teacher.log == ["step 0"]
+    assert scoring._thread.is_alive() and scoring._thread.daemon
     side.teacher.may_score.set()
+    scoring._thread.join(60)
+    assert not scoring._thread.is_alive()
+
+
+def test_a_teacher_that_hangs_is_named_at_the_deadline_of_the_stage() -> None:
+    config, side = with_sections(SYNCHRONOUS, placement={"step_timeout_s": 0.3}), Side()
+    side.teacher.may_score.clear()
+    with TeacherScoring(config, side, 7) as scoring:
+        with pytest.raises(
+            DeadlineError, match=r"did not finish scoring within 0.3 s after the last rollout of step 7"
+        ):
+            scoring.finish(route_rollouts(GROUPS[0], config, 7))
+        side.teacher.may_score.set()

@@ -1,7 +1,7 @@
 """The loop: prompts -> rollouts -> rewards -> annotations -> routes -> teacher -> learner -> weight sync -> journal.
 
 Each line of `_step` turns one typed value into the next; the streaming stages are lazy iterators, so a rollout is
-graded and annotated while others are still being generated, and scored by the teacher once its prompt is complete. The
+graded and annotated while others are still being generated, and prompts that are complete go to the teacher. The
 loop talks to the Protocols of `trace_rl.protocols` and knows no Ray, no engine, no clock and no method: what a step
 does follows from the configuration's routes.
 
@@ -144,7 +144,7 @@ def _step(config: RunConfig, roles: Roles, supply: RolloutSupply, step: int) -> 
     algorithm, journal = config.algorithm, roles.journal
     with TeacherScoring(config, roles, step) as scoring:
         with journal.stage("rollout"):
-            taken = supply.take(step, scoring.begin)
+            taken = supply.take(step, scoring.add)
             candidates = route_rollouts(taken.annotated, config, step, scoring.routes)
         with journal.stage("teacher"):
             evidence, teacher_cost = scoring.finish(candidates)

@@ -150,24 +150,25 @@ class RolloutSupply:
         """The completions that this step trains on, once they are there; admits prompts for it and for later steps.
 
         Args:
-            on_group: told of each prompt whose completions are all there, where groups without a signal are not
-                replaced; in synchronous training without oversampling this step trains on all of these. Their places
-                are counted from the oldest prompt that was alive when the step began to wait.
+            on_group: told of prompts whose completions come while this step waits, where groups without a signal are
+                not replaced. In synchronous training without oversampling these are all that it trains on. Their
+                places are counted from the oldest that was alive when it began to wait.
 
         Raises:
             TraceError: what a stage raised, now or since the step before.
             PreemptedError: the run was told to end; what was admitted is `pending`.
         """
-        self._replaces, self._on_group = self._may_replace(step), on_group
-        try:
-            return self._take(step)
-        finally:
-            self._on_group = _ignore
-
-    def _take(self, step: int) -> Taken:
+        self._replaces = self._may_replace(step)
         self._book_all()
         self._admit(step, self._missing(step))
         self._first_number = min((group.number for group in self._groups.values()), default=0)
+        self._on_group = on_group
+        try:
+            return self._await(step)
+        finally:
+            self._on_group = _ignore
+
+    def _await(self, step: int) -> Taken:
         rounds = self._config.algorithm.dynamic_sampling.max_rounds - 1 if self._replaces else 0
         while True:
             if rounds and (count := self._replacements(step)):

@@ -25,7 +25,7 @@ class Reading:
 
     @property
     def busy_s(self) -> float:
-        return self.elapsed_s - self.idle_s
+        return max(0.0, self.elapsed_s - self.idle_s)  # a difference of sums
 
     @property
     def idle_frac(self) -> float:

@@ -24,7 +24,7 @@ from trace_rl.launch.placement import plan_placement, rank_role
 from trace_rl.launch.plan import stages
 from trace_rl.launch.plan.batch import plan_sync
 from trace_rl.launch.plan.cluster import card_memory
-from trace_rl.launch.plan.cost import StepCost, step_cost
+from trace_rl.launch.plan.cost import StepCost, left_to_score, step_cost
 from trace_rl.launch.plan.hardware import named
 from trace_rl.launch.plan.memory import ENGINE, Forecast, kv_bytes_per_token
 from trace_rl.launch.plan.run_plan import forecast_of
@@ -321,10 +321,11 @@ def _learner(given: Given) -> list[Derived]:
 def _rest(case: Case) -> list[Derived]:
     given, step = case.given, step_of(case)
     ranks, nbytes, hardware = given.config.learner.world_size, given.sync.nbytes, given.hardware
-    supplied_s = step.seconds - sum(step.of(name).seconds for name in (stages.LEARNER, stages.SYNC, stages.DRIVER))
-    teacher_s = step.of(stages.TEACHER).seconds
-    parts = [teacher_s, supplied_s - teacher_s]
-    parts += [step.of(name).seconds for name in (stages.LEARNER, stages.SYNC, stages.DRIVER)]
+    generation_s, scoring_s = stages.generation(given).seconds, step.of(stages.TEACHER).seconds
+    moments = left_to_score(given.work, given.config.prompts_scored_together)
+    come, left = max(moments, key=lambda moment: generation_s * moment[0] + scoring_s * moment[1])
+    done_s = generation_s * come + scoring_s * left
+    parts = [done_s, *(step.of(name).seconds for name in (stages.LEARNER, stages.SYNC, stages.DRIVER))]
     return [
         Derived(
             "**sync**, expected",
@@ -340,7 +341,13 @@ def _rest(case: Case) -> list[Derived]:
             "s",
         ),
         Derived(
-            "**a step**: the teacher, its wait for the first prompts, and the rest",
+            "the teacher is done: what is left to score when so much is written",
+            f"{generation_s:.4g} * {come:.4g} + {scoring_s:.4g} * {left:.4g}",
+            done_s,
+            "s",
+        ),
+        Derived(
+            "**a step**: that, learner, sync, driver",
             " + ".join(f"{part:.4g}" for part in parts),
             step.seconds,
             "s",

@@ -38,10 +38,11 @@ seconds of a round`. The formulas of operations and bytes stand at each stage in
 WHO_WAITS = """
 Operations are those of the stage's own work, recomputation included: with gradient checkpointing a learner's share of
 40 % is an MFU of about 30 %. A synchronous step is max(generation, grading, annotation, teacher) + learner + sync +
-driver. The teacher scores a prompt once its longest response is written, and so is done with the last ones behind
-generation (`scored_after_s` in `launch/plan/cost.py`). With oversampling, in colocated placement, on an engine's GPU,
-and as a running average it scores all of them then. With `scheduling.max_staleness` above 0 a step is the largest of
-generation without its tail, of all the rest, and of the longest response divided by `max_staleness`.
+driver. The teacher scores as many neighbouring prompts at a time as fill a batch of it, once the longest of their
+responses is written, and so is done with the last ones after generation (`scored_s` in `launch/plan/cost.py`). With
+oversampling, in colocated placement, on an engine's GPU, and as a running average it scores all of them after it. With
+`scheduling.max_staleness` above 0 a step is the largest of generation without its tail, of all the rest, and of the
+longest response divided by `max_staleness`.
 """
 BOTTLENECKS = """
 The stage that a step waits for longest, along each dimension with the others as above. In a synchronous step that is

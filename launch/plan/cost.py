@@ -10,7 +10,7 @@ is a lower bound. Must not know how a cost is printed.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from trace_rl.launch.plan import stages
@@ -78,15 +78,13 @@ def step_cost(given: Given, busy: Sequence[int]) -> StepCost:
     # the last response is graded and annotated when nothing is written any more
     last_s = given.hardware.fixed.grading_s + (given.work.annotation_s if annotation.rounds else 0.0)
     beside, teacher = [grading, annotation], stages.teacher(given, busy)
-    after = [stages.learner(given, bool(busy)), stages.sync(given), stages.driver(given)]
-    if given.config.scores_early:
-        scoring_s = teacher.seconds - stages.refresh_s(given, busy) if busy else 0.0
-        taught_s = max(
-            teacher.seconds, scored_after_s(batch.seconds, scoring_s, given.work, given.config.prompts_scored_together)
-        )
-        return synchronous([batch, *beside], last_s, after, teacher, taught_s)
-    after.insert(0, teacher)
-    scheduling = given.config.scheduling
+    rest = [stages.learner(given, bool(busy)), stages.sync(given), stages.driver(given)]
+    after = [teacher, *rest]
+    config, scheduling = given.config, given.config.scheduling
+    if config.scores_early:
+        scoring_s = teacher.seconds - stages.refresh_s(given, busy)
+        done_s = scored_s(_slowest([batch, *beside]).seconds, scoring_s, given.work, config.prompts_scored_together)
+        return synchronous([batch, *beside, teacher], last_s, rest, done_s)
     if scheduling.is_synchronous:
         return synchronous([batch, *beside], last_s, after)
     if scheduling.partial == "finish":
@@ -95,51 +93,43 @@ def step_cost(given: Given, busy: Sequence[int]) -> StepCost:
     return running_ahead([steady, *beside], batch.seconds + last_s, after, scheduling.max_staleness)
 
 
-def scored_after_s(generation_s: float, scoring_s: float, work: Workload, together: int) -> float:
-    """When a teacher is done that scores some prompts once their longest response is written: the largest of
+def scored_s(rollouts_s: float, scoring_s: float, work: Workload, together: int) -> float:
+    """When a teacher is done that scores prompts once the longest of their responses is written: the largest of
 
         g r / longest + t (1 - F(r)^n)     over the lengths r of responses
         g + t m / prompts                  the last call
 
-    with F(r) the share of responses that are shorter than r, n responses and m prompts a call, g and t the times of
-    generation and of scoring: what is complete at r or later is scored after it. All responses are taken to be begun at
-    once; where engines hold fewer, prompts are complete earlier.
+    with F(r) the share of responses that are shorter than r, n responses and m prompts a call, g and t the times in
+    which rollouts come and are scored: what is complete at r or later is scored after it. All responses are taken to be
+    begun at once; where engines hold fewer, prompts are complete earlier.
 
     Args:
         together: prompts of a call.
     """
+    return max(rollouts_s * come + scoring_s * left for come, left in left_to_score(work, together))
+
+
+def left_to_score(work: Workload, together: int) -> Iterator[tuple[float, float]]:
+    """Moments, as shares of the time in which rollouts come, and the share of the scoring that follows each."""
     lengths, longest = work.responses.quantiles, work.responses.longest
-    shorter = [bisect_left(lengths, length) / len(lengths) for length in lengths]
-    return max(
-        generation_s + scoring_s * min(1.0, together / work.prompts),
-        *(
-            generation_s * length / longest + scoring_s * (1 - share ** (together * work.samples))
-            for length, share in zip(lengths, shorter, strict=True)
-        ),
-    )
+    for length in lengths:
+        shorter = bisect_left(lengths, length) / len(lengths)
+        yield length / longest, 1 - shorter ** (together * work.samples)
+    yield 1.0, min(1.0, together / work.prompts)
 
 
-def synchronous(
-    ahead: Sequence[Stage],
-    last_s: float,
-    after: Sequence[Stage],
-    teacher: Stage | None = None,
-    taught_s: float = 0.0,
-) -> StepCost:
-    """max(generation, grading, annotation; a teacher beside them) + the last response's grading and annotation + all
-    that follows.
+def synchronous(ahead: Sequence[Stage], last_s: float, after: Sequence[Stage], supplied_s: float = 0.0) -> StepCost:
+    """max(those ahead) + the last response's grading and annotation + all that follows.
 
     Args:
-        ahead: stages that give the step its rollouts, at the same time.
+        ahead: stages that give the step its rollouts, at the same time: generation, grading, annotation, and a teacher
+            that scores meanwhile.
         last_s: what the last response takes from its last token to being annotated.
         after: stages that follow each other.
-        teacher: one that scores while others sample.
-        taught_s: when it is done (`scored_after_s`).
+        supplied_s: when those ahead are done, where that is later than the slowest of them takes.
     """
-    slowest = _slowest(ahead)
-    beside = [teacher] if teacher else []
-    seconds = max(slowest.seconds, taught_s) + last_s + sum(stage.seconds for stage in after)
-    return _step([*ahead, *beside], after, seconds, _slowest([slowest, *beside, *after]).name)
+    seconds = max(_slowest(ahead).seconds, supplied_s) + last_s + sum(stage.seconds for stage in after)
+    return _step(ahead, after, seconds, _slowest([*ahead, *after]).name)
 
 
 def finished_first(ahead: Sequence[Stage], last_s: float, after: Sequence[Stage]) -> StepCost:

@@ -46,7 +46,7 @@ class Placement(Section):
     """How often in a run each engine, the teacher, the rewarder and the annotator are started again in their place when
     they die; their work is done again. What the learner has to do with is for run.max_restarts."""
     step_timeout_s: float = Field(3600.0, gt=0)
-    """Deadline of one call to a role: what the learner does in a step, what the teacher says of a prompt, ..."""
+    """Deadline of one stage of one step."""
     generator: Resources = Resources()
     """Of each worker of an engine (generator.tensor_parallel), all of which are on one node."""
     teacher: Resources = Resources()

@@ -67,10 +67,9 @@ class RunConfig(Section):
     def scores_early(self) -> bool:
         """Whether the teacher scores completions while others are being sampled.
 
-        Only where no prompt that is sampled for a step is given up (dynamic sampling does not replace prompts while a
-        route is active). Not where the teacher would take a GPU from engines that sample, or where these have those on
-        which the learner hands over its weights; nor under a running average of weights, which would be one step ahead
-        in the checkpoint of a run that is told to end meanwhile.
+        Only where no prompt that is sampled for a step is given up: synchronous, without oversampling (dynamic sampling
+        replaces none while a route is active). Not where engines share their GPUs with the learner or the teacher. Nor
+        with a running average of weights: a run that is told to end while it samples would keep one of the next step.
         """
         is_certain = self.scheduling.is_synchronous and not self.scheduling.oversampling_frac
         is_apart = self.placement.mode != "colocated" and self.placement.teacher_place != "with_generator"
@@ -78,8 +77,8 @@ class RunConfig(Section):
 
     @property
     def prompts_scored_together(self) -> int:
-        """How many prompts the teacher then scores in one call: as many as fill one of its batches with completions of
-        full length, so that batches are no smaller than where all completions are scored together."""
+        """How many neighbouring prompts the teacher then scores in one call: as many as fill a batch of it with
+        responses of full length, so that short ones do not make small batches."""
         longest = self.sampling.samples_per_prompt * self.sampling.max_response_tokens
         return max(1, self.teacher.max_tokens_per_batch // longest)
 

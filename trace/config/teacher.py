@@ -131,7 +131,8 @@ class Teacher(Section):
     """On top of model.chat_template_kwargs for the teacher's prompt only, for example {enable_thinking: true} beside a
     student that does not think. Without any, both prompts are rendered alike."""
     max_tokens_per_batch: int = Field(16384, ge=1)
-    """Padded tokens of one teacher forward."""
+    """Padded tokens of one teacher forward. Prompts are scored while others are sampled, as many at a time as fill such
+    a batch with responses of full length: the fewer, the less is left to wait for."""
     states: Literal["model", "bfloat16"] = "model"
     """Precision of the hidden states that go to the learner. `model`: the very numbers that the teacher computed, two
     bytes each for a bfloat16 model and four for a float32 one. `bfloat16`: two bytes each, which is lossy for a float32
