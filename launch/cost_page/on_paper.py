@@ -321,7 +321,8 @@ def _learner(given: Given) -> list[Derived]:
 def _rest(case: Case) -> list[Derived]:
     given, step = case.given, step_of(case)
     ranks, nbytes, hardware = given.config.learner.world_size, given.sync.nbytes, given.hardware
-    generation_s, scoring_s = stages.generation(given).seconds, step.of(stages.TEACHER).seconds
+    generation_s = stages.generation(given).seconds
+    scoring_s = step.of(stages.TEACHER).seconds - stages.refresh_s(given, busy_steps(given.config))
     moments = left_to_score(given.work, given.config.prompts_scored_together)
     come, left = max(moments, key=lambda moment: generation_s * moment[0] + scoring_s * moment[1])
     done_s = generation_s * come + scoring_s * left
