@@ -19,7 +19,7 @@ from trace_rl.launch.cost_page import on_paper, prose
 from trace_rl.launch.cost_page.curves import Panel, figure
 from trace_rl.launch.cost_page.on_paper import Case
 from trace_rl.launch.plan import stages
-from trace_rl.launch.plan.cost import LONGEST, StepCost, finished_first, running_ahead, synchronous
+from trace_rl.launch.plan.cost import LONGEST, StepCost, finished_first, left_to_score, running_ahead, synchronous
 from trace_rl.launch.plan.hardware import GPUS, Fixed, Roofs, Shares
 from trace_rl.launch.plan.stages import Stage
 from trace_rl.launch.plan.text import size
@@ -329,7 +329,11 @@ def _large_verdict(large: Case) -> str:
     plain = on_paper.step_of(large, has_routes=False)
     plain_ahead = on_paper.step_of(_ahead(large), has_routes=False)
     spread = step.of(stages.TEACHER).seconds / large.config.learner.world_size
-    needed = step.of(stages.TEACHER).seconds / (plain.seconds * 0.1)
+    generation_s, teacher_s = step.of(stages.GENERATION).seconds, step.of(stages.TEACHER).seconds
+    needed = max(  # done a tenth of a plain step after generation, whatever is left to score at each moment
+        teacher_s * left / (generation_s * (1 - come) + plain.seconds * 0.1)
+        for come, left in left_to_score(large.given.work, large.config.prompts_scored_together)
+    )
     return (
         f"A step with routes takes {seconds(step.seconds)} (bottleneck: {_told(step)}), one without "
         f"{seconds(plain.seconds)} ({_told(plain)}); {AHEAD} versions ahead {seconds(ahead.seconds)} and "
