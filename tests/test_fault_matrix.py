@@ -62,11 +62,11 @@ ROLES = {  # class, the stage in which it works, and how long after its begin it
     "rewarder": ("MathRewarder", "rollout", 0.05),
     "annotator": ("SpanAnnotator", "rollout", 0.05),
     "teacher": ("TeacherModel", "rollout", 0.02),  # it takes the policy's weights
-    "scoring teacher": ("TeacherModel", "rollout", 0.6),
 }
 BOUNDS_S = {"kill": 90.0, "hang": 90.0 + DEAD_AFTER_S, "slow": 30.0}
 """An engine takes half a minute to start where nothing else runs; a step less than two seconds."""
 CELLS = [(fault, role) for role in ROLES for fault in ("slow", "kill", "hang")]
+WHILE_SCORING = ("kill", "hang")
 OWN = ("time/", "clock/", "idle/", "busy/", "health/", "memory/", "sync/", "annotation/wait", "learner/duration_s")
 """Beginnings of what may differ: times, and what is told of restarts."""
 
@@ -144,7 +144,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory, own_ray: None) -> list[di
     from test_hangs import give_seats_back
 
     whole = Crew(tmp_path_factory.mktemp("whole") / "run")
-    found = [whole.step() for _ in range(len(CELLS) + 1)]
+    found = [whole.step() for _ in range(len(CELLS) + 1 + len(WHILE_SCORING))]
     give_seats_back()
     return found
 
@@ -163,6 +163,34 @@ def test_no_fault_of_a_role_changes_a_figure(expected: list[dict[str, float]], c
         assert figures(found) == figures(expected[number]), (fault, role)
         assert took_s < BOUNDS_S[fault], (fault, role)
     assert crew.crew.watch.metrics()["health/restarts"] >= 4
+
+
+@dataclass
+class Struck:
+    """A teacher whose process meets a fault as it is asked for the first time."""
+
+    teacher: Any
+    fault: str
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.teacher, name)
+
+    def score(self, requests: Any) -> Any:
+        fault, self.fault = self.fault, ""
+        if fault:
+            inflict(fault, process_of("TeacherModel"))
+        return self.teacher.score(requests)
+
+
+@pytest.mark.parametrize("fault", WHILE_SCORING)
+def test_a_fault_of_the_teacher_while_it_scores_changes_no_figure(
+    fault: str, expected: list[dict[str, float]], crew: Crew, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    struck = Struck(crew.roles.teacher, fault)
+    monkeypatch.setattr(crew, "roles", replace(crew.roles, teacher=struck))
+    number, started = crew._next, time.monotonic()
+    assert figures(crew.step()) == figures(expected[number])
+    assert not struck.fault and time.monotonic() - started < BOUNDS_S[fault]
 
 
 @dataclass
