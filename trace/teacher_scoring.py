@@ -59,7 +59,6 @@ class TeacherScoring:
         self._timeout_s = config.placement.step_timeout_s
         self._views = teacher_views(config, step)
         self._is_early = bool(self._views) and config.scores_early
-        self._is_refreshed = False
         self._incomplete: dict[int, dict[int, Sequence[AnnotatedRollout]]] = {}
         """Prompts of calls that lack others: by call and place."""
         self._calls: list[Sequence[TeacherRequest]] = []
@@ -73,7 +72,7 @@ class TeacherScoring:
         if self._views:
             self._thread.start()
         if self._is_early:
-            self._refresh()
+            self._work.put(self._refresh)
         return self
 
     def __exit__(
@@ -115,7 +114,8 @@ class TeacherScoring:
             DeadlineError: it was not done within placement.step_timeout_s.
         """
         if self._views:
-            self._refresh()
+            if not self._is_early:
+                self._work.put(self._refresh)
             self._ask([item for item in routed if item.key not in self.routes])
             self._work.put(None)
             self._thread.join(self._timeout_s)
@@ -130,10 +130,7 @@ class TeacherScoring:
         return Evidence(self._views, {(item.key, item.view): item for item in self._rows}), cost
 
     def _refresh(self) -> None:
-        """Have the weights brought up to date, unless that was done."""
-        if not self._is_refreshed:
-            self._is_refreshed = True
-            self._work.put(lambda: self._roles.teacher.refresh(self._step))
+        self._roles.teacher.refresh(self._step)
 
     def _ask(self, routed: Sequence[RoutedRollout]) -> None:
         requests = self._roles.encoder.teacher_requests(routed, self._views)
