@@ -33,13 +33,14 @@ from trace_rl.config.algorithm import Route
 from trace_rl.config.run import RunConfig
 from trace_rl.flops import TeacherCost
 from trace_rl.head_loss import DEFAULT_TILE_BYTES, LossParts, Projection, head_logprobs, head_loss
-from trace_rl.loop import _ask_teacher, _rank_and_weigh
+from trace_rl.loop import _rank_and_weigh
 from trace_rl.objective import LossRows, Objective, objective_of
 from trace_rl.overlays import load_config
 from trace_rl.packing import MicroBatch, pack
 from trace_rl.prompts import PromptEncoder
 from trace_rl.routing import route_rollouts
 from trace_rl.selectors import Selector, Top
+from trace_rl.teacher_scoring import TeacherScoring
 from trace_rl.token_layout import Layout, Padded
 from trace_rl.workers.batch_runner import BatchRunner
 from trace_rl.workers.ranks import Ranks
@@ -261,7 +262,8 @@ def stages(
         encoder=encoder_of(config), teacher=ModelTeacher(teacher), teacher_cost=TeacherCost(), learner=learner
     )
     candidates = route_rollouts(annotated, config, step)
-    evidence, _ = _ask_teacher(config, roles, candidates, step)
+    with TeacherScoring(config, roles, step) as scoring:
+        evidence, _ = scoring.finish(candidates)
     return _rank_and_weigh(config, roles, candidates, evidence, step)
 
 
