@@ -6,7 +6,8 @@ One DeepSpeed engine in this process takes optimizer steps on random sequences i
 First the gradient of a small batch is compared with float64, and the script stops if it is off. Then all cases take
 turns, so that noise hits all alike. A ratio is the median over turns of a case's seconds divided by those of padded
 sequences without routes in the same turn. The share of the roof is that of a large matrix product measured on the spot;
-work is counted without padding and recomputation (`trace_rl.flops`), three forward passes a step.
+work is counted without padding, recomputation and prompts that are shared (`trace_rl.flops`), three forward passes a
+step.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from roofs import matmul_flops
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
+from widened import widen
 
 from trace_rl.batch import RolloutKey, TrainingBatch, TrainingSequence
 from trace_rl.config.run import RunConfig
@@ -36,8 +38,8 @@ from trace_rl.objective import objective_of
 from trace_rl.states import states_array, states_tensor
 from trace_rl.step_metrics import learner_work
 from trace_rl.tasks.arithmetic import base_model_path
-from trace_rl.token_layout import Layout, Packed, Padded
-from trace_rl.workers import environment
+from trace_rl.token_layout import Layout, Packed, Padded, SharedPrompts
+from trace_rl.workers import environment, shared_attention
 from trace_rl.workers.batch_runner import BatchRunner, StepReport
 from trace_rl.workers.policy_model import RowModel, head_weight, is_flash, load_policy, transformer_shape
 from trace_rl.workers.ranks import Ranks
@@ -63,6 +65,8 @@ class Preset:
     max_tokens: int
     dtype: str = "bfloat16"
     gradient_checkpointing: bool = True
+    neurons: int = 0
+    """Of each MLP of the base model, which is widened to them; 0: as many as it has."""
 
 
 def _qwen3(hidden: int, intermediate: int) -> dict[str, int]:
@@ -79,14 +83,19 @@ def _qwen3(hidden: int, intermediate: int) -> dict[str, int]:
 
 PRESETS = {
     "demo": Preset(None, 8, 39, 62, 2048, "float32", gradient_checkpointing=False),
+    "wide": Preset(None, 8, 39, 62, 2048, "float32", gradient_checkpointing=False, neurons=2816),
     "gpu-0.6b": Preset(_qwen3(1024, 3072), 8, 256, 1500, 16384),
     "gpu-1.7b": Preset(_qwen3(2048, 6144), 8, 256, 1500, 16384),
 }
-"""`demo`: lengths of the demo's own prompts and responses. The others are the shapes of Qwen3 0.6B and 1.7B."""
+"""`demo`: lengths of the demo's own prompts and responses; `wide`: with the larger model of the race. The others are
+the shapes of Qwen3 0.6B and 1.7B."""
 
 
 def make_model(preset: Preset, folder: Path) -> Path:
     """Folder of the preset's model; a random one is written to `folder`."""
+    if preset.config is None and preset.neurons:
+        widen(base_model_path(), preset.neurons, folder)
+        return folder
     if preset.config is None:
         return base_model_path()
     torch.manual_seed(0)
@@ -173,6 +182,26 @@ def deepspeed_runners(policy: PreTrainedModel, config: RunConfig, device: torch.
     return lambda layout: BatchRunner(engine, config.learner, objective, Ranks(0, 1), layout, device)
 
 
+class OfAttention:
+    """A runner under whose steps the model has an attention of its own; others share the model."""
+
+    def __init__(self, runner: Runner, policy: PreTrainedModel, attention: str) -> None:
+        self._runner = runner
+        self._policy = policy
+        self._attention = attention
+
+    def set_teacher_head(self, head: Tensor) -> None:
+        self._runner.set_teacher_head(head)
+
+    def train_step(self, batch: TrainingBatch) -> StepReport:
+        before = self._policy.config._attn_implementation
+        self._policy.config._attn_implementation = self._attention
+        try:
+            return self._runner.train_step(batch)
+        finally:
+            self._policy.config._attn_implementation = before
+
+
 class Learner:
     """One model, and a runner of batches for each layout over it.
 
@@ -200,6 +229,7 @@ class Learner:
         layouts: dict[str, Layout] = {"padded": Padded()} | ({"packed": Packed()} if is_flash(policy) else {})
         runner_of = engine(policy, config, self.device)
         self.runners = {name: runner_of(layout) for name, layout in layouts.items()}
+        self.runners["shared"] = OfAttention(runner_of(SharedPrompts()), policy, shared_attention.NAME)
         for runner in self.runners.values():
             runner.set_teacher_head(self.head.to(self.device, getattr(torch, preset.dtype)))
 
@@ -275,7 +305,7 @@ def measure(
     results = []
     for layout, share in cases:
         own = seconds[layout, share]
-        done = learner_work(batches[share], shape)
+        done = learner_work(batches[share], shape, preset.max_tokens if layout == "shared" else 0)
         work = 3e12 * done["learner/forward_tflop"]
         median = statistics.median(own)
         results.append(

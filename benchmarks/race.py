@@ -88,7 +88,8 @@ class Result:
 
 
 def ours(setting: Setting, model: Path, seed: int) -> Result:
-    """By `trace-rl train`, on the demo's placement with one engine more, so that sampling has both cores, too."""
+    """By `trace-rl train`, on the demo's placement with one engine more, so that sampling has both cores, too, and with
+    a prompt computed once for its responses."""
     settings = [
         "generator.num_engines=2",
         f"generator.max_concurrent_sequences={max(128, setting.completions // 2)}",
@@ -100,6 +101,7 @@ def ours(setting: Setting, model: Path, seed: int) -> Result:
         f"evaluation.every={setting.evaluate_every}",
         f"evaluation.num_prompts={HELDOUT}",
         "evaluation.samples_per_prompt=1",
+        "learner.layout=shared",
         "logging.diagnostics_every=0",
         "logging.rollouts_every=0",
         f"run.steps={setting.steps}",

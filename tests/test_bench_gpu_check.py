@@ -126,7 +126,7 @@ def test_a_learner_is_measured_over_packed_rows_where_its_attention_allows(monke
     found = gpu_cases.outcome(gpu_learner.cases(context())[0], context())
     assert found["status"] == "done", found
     kinds = [(row["layout"], row["routed_frac"]) for row in found["rows"]]
-    assert kinds == [("padded", 0.0), ("padded", 0.25), ("packed", 0.0), ("packed", 0.25)]
+    assert kinds == [(layout, share) for layout in ("padded", "packed", "shared") for share in (0.0, 0.25)]
     for row in found["rows"]:
         assert row["gradient_error"] <= 1e-4 and row["tokens_per_s"] > 0 and row["mfu_frac"] > 0
         assert row["steps_by"] == "plain torch"
@@ -134,7 +134,7 @@ def test_a_learner_is_measured_over_packed_rows_where_its_attention_allows(monke
 
 def test_without_such_an_attention_the_learner_says_so() -> None:
     found = gpu_cases.outcome(gpu_learner.cases(context())[0], context())
-    assert [row["layout"] for row in found["rows"]] == ["padded", "padded", "packed"]
+    assert [row["layout"] for row in found["rows"]] == ["padded", "padded", "shared", "shared", "packed"]
     assert found["rows"][-1]["attention"].startswith("none here tells sequences in one row apart")
     told = record(found | {"case": "Qwen3 1.7B"})
     assert "| packed |  |" in gpu_report.to_markdown(told) and "goal" not in gpu_report.to_markdown(told)

@@ -25,13 +25,14 @@ def test_every_share_is_measured_and_what_is_left_out_is_said(tmp_path: Path) ->
     report = json.loads((tmp_path / "learner_step_demo.json").read_text())
     found = report["result"]
     assert 0 <= found["errors"]["padded"] <= 1e-4
-    assert [row["share"] for row in found["results"]] == [0.0, 0.05, 0.1, 0.25, 1.0]
+    assert 0 <= found["errors"]["shared"] <= 1e-4
+    assert [row["share"] for row in found["results"]] == 2 * [0.0, 0.05, 0.1, 0.25, 1.0]
     assert found["results"][0]["ratio"] == 1.0
     for row in found["results"]:
         assert row["seconds"] > 0 and row["tokens_per_s"] > 0 and 0 < row["roof_frac"] < 1
         assert 0 <= row["padding_frac"] <= 0.06
     text = (tmp_path / "learner_step_demo.md").read_text()
-    assert text.count("| padded |") == 5 and report["command"] in text
+    assert text.count("| padded |") == text.count("| shared |") == 5 and report["command"] in text
     if not report["machine"]["has_gpu"]:
         assert "not yet measured: gpu-0.6b (no GPU)" in text
 

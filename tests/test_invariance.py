@@ -203,7 +203,7 @@ def test_more_padding_changes_nothing(preset: str) -> None:
     expected = evaluate(case, whole(case), OLD_POLICY)
 
     class Longer(Padded):
-        def grid(self, sequences: Sequence[tuple[int, ...]]) -> TokenGrid:
+        def grid(self, sequences: Sequence[tuple[int, ...]], prompt_lengths: Sequence[int] = ()) -> TokenGrid:
             # one sequence more, longer than all, that is then left away
             padded = super().grid([*sequences, (0,) * 50])
             return replace(padded, input_ids=padded.input_ids[:-1], starts=padded.starts[:-1])

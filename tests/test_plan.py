@@ -101,6 +101,14 @@ def test_minibatches_and_shared_sequences_are_planned_as_the_learner_runs_them(l
     assert batch.epochs == 300 * 32 / 96
 
 
+def test_groups_that_share_a_prompt_are_planned_together(large: Path) -> None:
+    batch = large_plan(
+        large, "learner.layout=shared", "model.attention=sdpa", "learner.max_tokens_per_micro_batch=40000"
+    ).batch
+    # of 1,024 + 4,096 tokens: 8 responses behind one prompt are 1,023 + 8 x 4,097 = 33,799; 32 such for 8 ranks
+    assert (batch.sequences_per_optimizer_step, batch.micro_batches, batch.sequences_per_micro_batch) == (256, 4, 8)
+
+
 def test_ranks_without_work_are_counted_and_told(large: Path) -> None:
     plan = large_plan(large, "sampling.prompts_per_step=2", "sampling.samples_per_prompt=3")
     # 6 sequences for 8 ranks
@@ -244,15 +252,23 @@ def test_a_sync_sends_what_is_planned(counting: Group) -> None:
     assert (plan.sync.num_weights, plan.sync.num_buckets, plan.sync.num_members) == (46, 1, 2)
 
 
+@pytest.mark.parametrize("layout", ["padded", "shared"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_activations_are_what_autograd_keeps(model_path: str, dtype: str) -> None:
-    from trace_rl.token_layout import Padded
+def test_activations_are_what_autograd_keeps(model_path: str, dtype: str, layout: str) -> None:
+    from trace_rl.token_layout import Padded, SharedPrompts
+    from trace_rl.workers import shared_attention
     from trace_rl.workers.policy_model import final_hidden, load_policy
 
-    config = run_config(model_path, dtype=dtype, max_tokens_per_micro_batch=256)
-    sampling = config.sampling.model_copy(update={"max_prompt_tokens": 64, "max_response_tokens": 64})
-    config = config.model_copy(update={"sampling": sampling})
-    policy = load_policy(config.model, CPU)
+    prompt, response = tuple(range(64)), tuple(range(64))
+    policy = load_policy(Model(path=model_path, dtype=dtype), CPU)
+    if layout == "shared":
+        shared_attention.prepare(policy)
+        grid = SharedPrompts().grid([prompt + response] * 4, [64] * 4)
+    else:
+        grid = Padded().grid([prompt + response, (prompt + response)[:100]])  # padding, so that there is a mask
+    config = run_config(model_path, dtype=dtype, layout=layout, max_tokens_per_micro_batch=grid.input_ids.numel())
+    update = {"max_prompt_tokens": 64, "max_response_tokens": 64, "samples_per_prompt": 4}
+    config = config.model_copy(update={"sampling": config.sampling.model_copy(update=update)})
     own = {each.untyped_storage().data_ptr() for each in (*policy.parameters(), *policy.buffers())}
     kept: dict[int, int] = {}
 
@@ -262,7 +278,6 @@ def test_activations_are_what_autograd_keeps(model_path: str, dtype: str) -> Non
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    grid = Padded().grid([tuple(range(128)), tuple(range(100))])  # two rows of 128; padding, so that there is a mask
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         states = final_hidden(policy, grid)
     assert states.requires_grad
@@ -314,10 +329,13 @@ def test_the_teacher_costs_a_model_for_each_share_and_an_average_on_the_cpu(larg
     mixed = large_plan(large, route, "teacher.weights={type: trust_region}").forecast
     assert items_of(mixed.of("the teacher"))["weights of 2 models"] == 4 * QWEN3_8B_PARAMETERS
     assert items_of(mixed.of("learner rank 0"))["the teacher's head"] == 2 * 2 * 151_936 * 4096
-    assert "keys and values of shared prompts" not in items_of(mixed.of("the teacher"))
-    # without flash attention 16,384 tokens twice: keys and values of 8 heads of 128 in 36 layers, 2 bytes each
+    assert "attention of a layer over shared prompts" not in items_of(mixed.of("the teacher"))
+    # without flash attention 16,384 tokens of 2 bytes: 4,096 queries each, and for groups of 8 x 5,120 tokens that are
+    # 1,023 + 8 x 4,097 keys and values of that width, and a mask of 4,097 rows
     plain = large_plan(large, route, "model.attention=sdpa").forecast.of("the teacher")
-    assert items_of(plain)["keys and values of shared prompts"] == 2 * 16_384 * 2 * 8 * 128 * 36 * 2
+    seen = 5120 / (1023 + 8 * 4097)
+    expected = 16_384 * 2 * (4096 + (2 * 4096 * 8 + 4097) * seen)
+    assert items_of(plain)["attention of a layer over shared prompts"] == pytest.approx(expected, abs=1)
     average = large_plan(large, route, "teacher.weights={type: ema}").forecast.of("the teacher")
     assert items_of(average)["float32 average"] == 4 * QWEN3_8B_PARAMETERS
     # 256 completions of 4,096 tokens, 4,096 values of 2 bytes each

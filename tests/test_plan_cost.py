@@ -197,6 +197,9 @@ def test_the_learner_computes_three_passes_and_recomputes_a_fourth() -> None:
     assert stages.learner_flops(given_of(), True) == pytest.approx(8 * (39_600 + 3.1 * 1_600))
     twice = given_of(learner={"minibatches_per_step": 2})
     assert stages.learner_flops(twice, False) == 8 * (52_800 + 6_400)
+    # the prompt of 10 tokens, F(10, 0) = 2,000 + 800, is computed for one of two samples
+    shared = given_of(learner={"layout": "shared"})
+    assert stages.learner_flops(shared, False) == pytest.approx(8 * (3 * (13_200 - 1_400) + 4_800))
     adapters = replace(given_of(), shape=replace(SHAPE, adapters=WeightManifest.of([("a", (14,), torch.bfloat16)])))
     assert stages.learner_flops(adapters, False) == pytest.approx(8 * (2.1 * 13_200 + 4_800))
 
@@ -210,6 +213,9 @@ def test_what_ranks_send_each_other(stage: int, nbytes: int) -> None:
     given_ = given_of(learner={"zero_stage": stage})
     # 8 sequences of 30 tokens on 2 ranks: 120 tokens, 60 a pass
     assert stages.learner_passes(given_) == 2
+    # or of 25, where two have a prompt in common: 100 tokens
+    short = given_of(learner={"zero_stage": stage, "layout": "shared", "max_tokens_per_micro_batch": 100})
+    assert stages.learner_passes(short) == 1
     assert stages.learner_link_bytes(given_) == nbytes / 2
 
 

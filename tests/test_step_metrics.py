@@ -115,7 +115,7 @@ def test_teacher_metrics_by_hand() -> None:
         "teacher/state_bytes": 4 * 2 * 4.0,
     }
     # F(3, 0) = 30 + 18 of a prompt of 4 tokens that two requests have is done once where prompts are shared
-    twice, cost = [asked(0, 4, [1, 2])[0], asked(1, 4, [2, 3])[0]], TeacherCost((shape,), shares_prompts=True)
+    twice, cost = [asked(0, 4, [1, 2])[0], asked(1, 4, [2, 3])[0]], TeacherCost((shape,), shared_within=100)
     apart = teacher_metrics(routed, [twice], rows, 1, TeacherCost((shape,)))
     together = teacher_metrics(routed, [twice], rows, 1, cost)
     # F(4 + 3, 2) = 208, F(4 + 4, 2) = 80 + 128 + 40 = 248. In full: 420, F(4 + 4, 4) = 80 + 128 + 80 = 288, 608, 212
@@ -138,10 +138,14 @@ def test_the_learners_work_by_hand() -> None:
     routed = route_rollouts(ROLLOUTS[:2], configured(), 0)
     batch = training_batch(routed, {}, Evidence([], {}), configured(), 0)
     # prompts of 2 tokens: F(2 + 6, 6) = 80 + 128 + 120 = 328 and F(2 + 4, 4) = 60 + 72 + 80 = 212
-    assert learner_work(batch, shape) == {
+    assert learner_work(batch, shape, shared_within=0) == {
         "learner/tokens": 14.0,
         "learner/forward_tflop": pytest.approx((328 + 212) / 1e12),
     }
+    # both have the same prompt, of which one token is read once: F(1, 0) = 10 + 2
+    assert batch.sequences[0].prompt_token_ids == batch.sequences[1].prompt_token_ids
+    shared = learner_work(batch, shape, shared_within=100)
+    assert shared["learner/forward_tflop"] == pytest.approx((328 + 212 - 12) / 1e12)
 
 
 def test_a_teacher_that_was_not_asked_was_spared_everything() -> None:

@@ -138,8 +138,8 @@ def test_a_prompt_that_several_samples_have_is_read_once(model_folder, weights):
         np.testing.assert_array_equal(rows.positions, one.positions)
         for name in ("hidden", "logprobs", "entropy"):
             np.testing.assert_allclose(getattr(rows, name), getattr(alone, name), atol=2e-5)
-    # 8 + 11 of the prompts, 39 behind them, 7 + 4 + 5 alone; padding may take as much again
-    assert all(74 <= size <= 110 for size in sizes)
+    # 8 + 7 + 2 + 11 + 9 behind the first prompt, 11 + 8 + 6 + 3 behind the second, 7 alone, and 4 + 5
+    assert sizes == [81] * len(sizes)
 
 
 def test_loaded_weights_and_saved_weights_are_what_is_scored_with(teacher, tmp_path):
@@ -480,4 +480,4 @@ def test_the_shape_is_that_of_each_model(model_folder, weights, num_models):
     # and the last norm
     layer = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 96 + 2 * 64 + 2 * 32
     expected = TransformerShape(2 * layer + 64, num_layers=2, attention_width=64, hidden=64, vocab=VOCAB)
-    assert make_teacher(model_folder, weights).cost() == TeacherCost((expected,) * num_models, shares_prompts=True)
+    assert make_teacher(model_folder, weights).cost() == TeacherCost((expected,) * num_models, shared_within=64)

@@ -45,5 +45,5 @@ class TeacherCost:
 
     shapes: tuple[TransformerShape, ...] = ()
     """Of the models that every request runs through; none without a teacher."""
-    shares_prompts: bool = False
-    """Whether a prompt that several requests have is computed once."""
+    shared_within: int = 0
+    """Tokens of a batch in which a prompt that several requests have is computed once; 0: each computes its own."""

@@ -10,7 +10,7 @@ touched, so the sum of the losses does not depend on the plan.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,7 @@ from trace_rl.batch import TrainingSequence
 from trace_rl.errors import DataError
 from trace_rl.objective import LossRows
 from trace_rl.states import states_tensor
-from trace_rl.token_layout import Layout, TokenGrid, predicting_positions
+from trace_rl.token_layout import Layout, TokenGrid, predicting_positions, shared_length
 
 Plan = tuple[tuple[tuple[int, ...], ...], ...]
 """[rank][micro-batch] -> indices of sequences; an empty micro-batch only keeps its rank in step with the others."""
@@ -91,6 +91,83 @@ def split_minibatches(sequences: Sequence[TrainingSequence], count: int) -> list
     return [[sequence for index in part for sequence in ordered[index]] for part in parts if len(part)]
 
 
+@dataclass(frozen=True)
+class Unit:
+    """Sequences that lie together wherever prompts are shared; elsewhere one sequence."""
+
+    indices: tuple[int, ...]
+    length: int
+    """Positions that they take, a shared prompt once."""
+
+
+Extent = tuple[Hashable, int, int]
+"""What the prompt of a sequence is known by, and the lengths of prompt and response."""
+
+
+def units_of(extents: Sequence[Extent], max_tokens: int, num_ranks: int, layout: Layout) -> list[Unit]:
+    """Group sequences that have a prompt in common, if the layout shares it, into units of at most `max_tokens`.
+
+    Args:
+        num_ranks: a unit is not made larger than its fair share of everything, so that no rank waits for it.
+    """
+    lengths = [prompt + response for _, prompt, response in extents]
+    if not layout.shares_prompts:
+        return [Unit((index,), length) for index, length in enumerate(lengths)]
+    most = min(max_tokens, -(-sum(lengths) // num_ranks))
+    by_prompt: dict[Hashable, list[int]] = {}
+    for index, (prompt, *_) in enumerate(extents):
+        by_prompt.setdefault(prompt, []).append(index)
+    units = []
+    for members in by_prompt.values():
+        shared = shared_length(extents[members[0]][1])
+        unit = Unit((members[0],), lengths[members[0]])
+        for index in members[1:]:
+            longer = unit.length + lengths[index] - shared
+            if longer <= most:
+                unit = Unit((*unit.indices, index), longer)
+            else:
+                units.append(unit)
+                unit = Unit((index,), lengths[index])
+        units.append(unit)
+    return units
+
+
+@dataclass(frozen=True)
+class SequencePlan:
+    """Who runs which sequences together, and what that computes."""
+
+    plan: Plan
+    num_positions: int
+    """Of all forward passes, padding included."""
+    num_tokens: int
+    """Of these, all but padding."""
+
+
+def plan_sequences(
+    sequences: Sequence[TrainingSequence], max_tokens: int, num_ranks: int, layout: Layout
+) -> SequencePlan:
+    """Assign sequences to micro-batches and ranks, those with the same prompt together where the layout shares it.
+
+    Raises:
+        DataError: a sequence is longer than `max_tokens`.
+    """
+    units = units_of(list(map(extent_of, sequences)), max_tokens, num_ranks, layout)
+    lengths = [unit.length for unit in units]
+    plan = plan_micro_batches(lengths, max_tokens, num_ranks, layout)
+    members = tuple(tuple(members_of(units, batch) for batch in rank) for rank in plan)
+    return SequencePlan(members, num_positions(plan, lengths, layout), sum(lengths))
+
+
+def extent_of(sequence: TrainingSequence) -> Extent:
+    """What `units_of` has to know of a sequence."""
+    return sequence.prompt_token_ids, len(sequence.prompt_token_ids), len(sequence.token_ids)
+
+
+def members_of(units: Sequence[Unit], batch: Iterable[int]) -> tuple[int, ...]:
+    """Indices of the sequences of some units."""
+    return tuple(index for number in batch for index in units[number].indices)
+
+
 def plan_micro_batches(lengths: Sequence[int], max_tokens: int, num_ranks: int, layout: Layout) -> Plan:
     """Assign sequences of the given lengths to micro-batches of at most `max_tokens` positions and to ranks.
 
@@ -132,7 +209,9 @@ def pack(sequences: Sequence[TrainingSequence], layout: Layout) -> MicroBatch:
     """Lay sequences out as one micro-batch; none at all gives one token and no rows."""
     if not sequences:
         return _empty(layout)
-    grid = layout.grid([s.prompt_token_ids + s.token_ids for s in sequences])
+    grid = layout.grid(
+        [s.prompt_token_ids + s.token_ids for s in sequences], [len(s.prompt_token_ids) for s in sequences]
+    )
     row_index, route_row, teacher_row, num_rows, num_states = [], [], [], 0, 0
     for start, sequence in zip(grid.starts, sequences, strict=True):
         predicting = predicting_positions(len(sequence.prompt_token_ids), np.arange(len(sequence.token_ids)))

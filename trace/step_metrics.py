@@ -13,6 +13,8 @@ import numpy as np
 from trace_rl.batch import GradedRollout, RoutedRollout, TeacherRequest, TeacherRows, TrainingBatch
 from trace_rl.config.algorithm import Algorithm
 from trace_rl.flops import TeacherCost, TransformerShape
+from trace_rl.packing import Extent, extent_of, units_of
+from trace_rl.token_layout import SharedPrompts, shared_length
 
 
 def rollout_metrics(sampled: Sequence[GradedRollout], num_trained: int) -> dict[str, float]:
@@ -119,7 +121,11 @@ def teacher_metrics(
     requests = [request for call in calls for request in call]
     prompts = {(request.key, request.view): len(request.teacher_prompt_token_ids) for request in requests}
     tokens = [len(request.teacher_prompt_token_ids) + len(request.token_ids) for request in requests]
-    again = [length for call in calls for length in _read_again(call)] if cost.shares_prompts else []
+    called = [
+        [(each.teacher_prompt_token_ids, len(each.teacher_prompt_token_ids), len(each.token_ids)) for each in call]
+        for call in calls
+    ]
+    again = [length for extents in called for length in _not_computed(extents, cost.shared_within)]
     rows_read = [len(request.positions) for request in requests]
     spent = sum(
         sum(map(shape.forward_flops, tokens, rows_read)) - sum(shape.forward_flops(length, 0) for length in again)
@@ -139,21 +145,23 @@ def teacher_metrics(
     }
 
 
-def _read_again(requests: Sequence[TeacherRequest]) -> list[int]:
-    """Lengths of the beginnings that another request has as well; the last token of a prompt is never among them."""
-    count = Counter(request.teacher_prompt_token_ids for request in requests)
-    return [len(prompt) - 1 for prompt, times in count.items() for _ in range(times - 1)]
+def _not_computed(extents: Sequence[Extent], within: int) -> list[int]:
+    """Lengths of beginnings that are not computed, since another one among so many tokens has them, too."""
+    units = units_of(extents, within, 1, SharedPrompts()) if within else []
+    return [shared_length(extents[unit.indices[0]][1]) for unit in units for _ in unit.indices[1:]]
 
 
-def learner_work(batch: TrainingBatch, shape: TransformerShape) -> dict[str, float]:
-    """What one forward pass of the learner over the batch takes, padding left out.
+def learner_work(batch: TrainingBatch, shape: TransformerShape, shared_within: int) -> dict[str, float]:
+    """What one forward pass of the learner over the batch takes, padding left out, and prompts that it shares but once.
 
     A step is about three of them, two for the backward pass: model FLOPs utilisation (MFU) is 3 forward_tflop / seconds
     over what the hardware can do (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
     """
     lengths = [len(item.prompt_token_ids) + len(item.token_ids) for item in batch.sequences]
     rows = sum(len(item.token_ids) for item in batch.sequences)
-    flops = sum(shape.forward_flops(length, 0) for length in lengths) + shape.forward_flops(0, rows)
+    again = _not_computed(list(map(extent_of, batch.sequences)), shared_within)
+    layers = sum(shape.forward_flops(length, 0) for length in lengths)
+    flops = layers - sum(shape.forward_flops(length, 0) for length in again) + shape.forward_flops(0, rows)
     return {"learner/tokens": float(sum(lengths)), "learner/forward_tflop": flops / 1e12}
 
 

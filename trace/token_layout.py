@@ -1,4 +1,4 @@
-"""How token sequences lie in the tensors that a model reads: each in a row of its own, or end to end in one row.
+"""How token sequences lie in the tensors that a model reads: in rows of their own, end to end, or behind their prompt.
 
 Decides which sequences share a forward pass under a budget of positions, and where the hidden state that predicts each
 response token lies: `predicting_positions` is the only place in which the shift between logits and targets happens, for
@@ -12,14 +12,46 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 _MAX_PADDING = 0.05
 """Largest share of padding in a batch that is at least a quarter full."""
+
+
+@dataclass(frozen=True)
+class AttentionBlock:
+    """Stretches of one row that attention computes at once; what pads a line is read and thrown away."""
+
+    queries: Int[Tensor, "line time"]
+    """Index of each token in the row."""
+    keys: Int[Tensor, "line context"]
+    """What stands before the queries of a line, then those themselves."""
+    mask: Bool[Tensor, "time context"] | None
+    """Which key a query sees; none where nothing stands before and each sees those up to itself."""
+
+
+@dataclass(frozen=True)
+class SharedReads:
+    """Which tokens of one row see which, where several sequences go on from the same stretch."""
+
+    blocks: tuple[AttentionBlock, ...]
+    places: Int[Tensor, " time"]
+    """Of each token of the row among the blocks' queries, one block behind the other, line by line."""
+
+    def to(self, device: torch.device) -> SharedReads:
+        """Copy to a device."""
+        blocks = tuple(
+            AttentionBlock(
+                each.queries.to(device), each.keys.to(device), None if each.mask is None else each.mask.to(device)
+            )
+            for each in self.blocks
+        )
+        return SharedReads(blocks, self.places.to(device))
 
 
 @dataclass(frozen=True)
@@ -31,9 +63,12 @@ class TokenGrid:
     """0 at padding. Where sequences lie end to end it is of no use: there `position_ids` restart with each."""
     position_ids: Int[Tensor, "batch time"]
     starts: tuple[int, ...]
-    """Index of each sequence's first token in the flattened (batch, time)."""
+    """Index of each sequence's first token in the flattened (batch, time). Where it shares its prompt: from where to
+    count for all that follows the shared stretch, the prompt's last token being the first."""
     runs: tuple[int, ...]
     """Lengths of what lies end to end in the one row, a tail of padding last; empty where rows are padded."""
+    shared: SharedReads | None = None
+    """Where prompts are shared."""
 
     def to(self, device: torch.device) -> TokenGrid:
         """Copy to a device."""
@@ -42,6 +77,7 @@ class TokenGrid:
             input_ids=self.input_ids.to(device),
             attention_mask=self.attention_mask.to(device),
             position_ids=self.position_ids.to(device),
+            shared=self.shared.to(device) if self.shared else None,
         )
 
     def shard(self, number: int, count: int) -> TokenGrid:
@@ -56,6 +92,9 @@ class TokenGrid:
 class Layout(ABC):
     """A way to lay sequences out."""
 
+    shares_prompts: ClassVar[bool] = False
+    """Whether a prompt that several sequences have lies there once; lengths are then those of such groups."""
+
     @abstractmethod
     def batches(self, lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
         """Indices of sequences in batches of at most `max_tokens` positions or one sequence; longest first in each."""
@@ -69,8 +108,12 @@ class Layout(ABC):
         """A batch of `batches` in two of similar size."""
 
     @abstractmethod
-    def grid(self, sequences: Sequence[tuple[int, ...]]) -> TokenGrid:
-        """The tensors of at least one sequence."""
+    def grid(self, sequences: Sequence[tuple[int, ...]], prompt_lengths: Sequence[int] = ()) -> TokenGrid:
+        """The tensors of at least one sequence.
+
+        Args:
+            prompt_lengths: how many tokens of each are its prompt; read only where prompts are shared.
+        """
 
 
 class Padded(Layout):
@@ -100,7 +143,7 @@ class Padded(Layout):
     def halves(self, batch: list[int]) -> list[list[int]]:
         return [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
 
-    def grid(self, sequences: Sequence[tuple[int, ...]]) -> TokenGrid:
+    def grid(self, sequences: Sequence[tuple[int, ...]], prompt_lengths: Sequence[int] = ()) -> TokenGrid:
         longest = max(map(len, sequences))
         input_ids = torch.zeros(len(sequences), longest, dtype=torch.long)
         attention_mask = torch.zeros_like(input_ids)
@@ -148,7 +191,7 @@ class Packed(Layout):
     def halves(self, batch: list[int]) -> list[list[int]]:
         return [batch[::2], batch[1::2]]
 
-    def grid(self, sequences: Sequence[tuple[int, ...]]) -> TokenGrid:
+    def grid(self, sequences: Sequence[tuple[int, ...]], prompt_lengths: Sequence[int] = ()) -> TokenGrid:
         lengths = [len(ids) for ids in sequences]
         tail = self.num_positions(lengths) - sum(lengths)
         runs = (*lengths, tail) if tail else tuple(lengths)
@@ -158,6 +201,89 @@ class Packed(Layout):
         position_ids = torch.cat([torch.arange(run) for run in runs]).unsqueeze(0)
         starts = tuple(np.cumsum([0, *lengths[:-1]]).tolist())
         return TokenGrid(ids, is_token, position_ids, starts, runs)
+
+
+@dataclass(frozen=True)
+class SharedPrompts(Packed):
+    """End to end in one row, in which a prompt that several sequences begin with lies once, before their responses.
+
+    Each response sees its prompt and itself (arXiv:2506.05433). The prompt's last token, whose state predicts the first
+    of the response, is left to each sequence, so that every state that predicts a token lies before that token.
+    """
+
+    shares_prompts: ClassVar[bool] = True
+
+    def grid(self, sequences: Sequence[tuple[int, ...]], prompt_lengths: Sequence[int] = ()) -> TokenGrid:
+        members: dict[tuple[int, ...], list[int]] = {}
+        for number, (ids, length) in enumerate(zip(sequences, prompt_lengths or [0] * len(sequences), strict=True)):
+            members.setdefault(ids[: shared_length(length)], []).append(number)
+        row: list[int] = []
+        positions: list[int] = []
+        starts = [0] * len(sequences)
+        families: list[_Family] = []
+        for shared, numbers in members.items():
+            stem = shared if len(numbers) > 1 else ()
+            family = _Family(len(row), len(stem), [])
+            row += stem
+            for number in numbers:
+                rest = sequences[number][len(stem) :]
+                starts[number] = len(row) - len(stem)
+                family.rests.append((len(row), len(rest)))
+                row += rest
+            positions += [*range(len(stem)), *(len(stem) + i for _, length in family.rests for i in range(length))]
+            families.append(family)
+        input_ids = torch.tensor([row])
+        return TokenGrid(
+            input_ids,
+            torch.ones_like(input_ids),
+            torch.tensor([positions]),
+            tuple(starts),
+            (len(row),),
+            _shared_reads(families, len(row)),
+        )
+
+
+@dataclass(frozen=True)
+class _Family:
+    """Where a stem lies in a row, and start and length of what goes on from it."""
+
+    start: int
+    length: int
+    rests: list[tuple[int, int]]
+
+
+def shared_length(num_prompt_tokens: int) -> int:
+    """Tokens of a prompt that lie there once for all sequences that have it."""
+    return max(0, num_prompt_tokens - 1)
+
+
+def _shared_reads(families: Sequence[_Family], num_tokens: int) -> SharedReads:
+    blocks: list[AttentionBlock] = []
+    places = torch.zeros(num_tokens, dtype=torch.long)
+    offset = 0
+
+    def add(stems: Sequence[int], stem: int, spans: Sequence[tuple[int, int]]) -> None:
+        """Lines that see a stem of the same length; spans may differ a little."""
+        nonlocal offset
+        longest = max(length for _, length in spans)
+        queries = torch.zeros(len(spans), longest, dtype=torch.long)
+        for line, (start, length) in enumerate(spans):
+            queries[line, :length] = torch.arange(start, start + length)
+            places[start : start + length] = torch.arange(length) + offset + line * longest
+        offset += queries.numel()
+        before = torch.tensor(stems).unsqueeze(1) + torch.arange(stem)
+        mask = torch.ones(longest, stem + longest, dtype=torch.bool).tril(stem) if stem else None
+        blocks.append(AttentionBlock(queries, torch.cat([before, queries], dim=1), mask))
+
+    for stem in sorted({family.length for family in families}):
+        alike = [family for family in families if family.length == stem]
+        if stem:
+            add([0] * len(alike), 0, [(family.start, stem) for family in alike])
+        rests = [(family.start, rest) for family in alike for rest in family.rests]
+        lengths = [length for _, (_, length) in rests]
+        for batch in Padded().batches(lengths, sum(lengths)):
+            add([rests[index][0] for index in batch], stem, [rests[index][1] for index in batch])
+    return SharedReads(tuple(blocks), places)
 
 
 def predicting_positions(num_prompt_tokens: int, positions: Int[np.ndarray, " row"]) -> Int[np.ndarray, " row"]:

@@ -24,13 +24,15 @@ from trace_rl.head_loss import Projection, head_logprobs, head_loss, head_statis
 from trace_rl.objective import LossRows, Objective, merge_sums
 from trace_rl.packing import (
     MicroBatch,
-    Plan,
+    SequencePlan,
     carries_gradient,
-    num_positions,
+    extent_of,
+    members_of,
     num_tokens,
     pack,
-    plan_micro_batches,
+    plan_sequences,
     split_minibatches,
+    units_of,
 )
 from trace_rl.token_layout import Layout
 from trace_rl.workers.ranks import Ranks
@@ -51,6 +53,8 @@ class StepReport:
     learning_rate: float
     num_micro_batches: int
     padding_frac: float
+    shared_frac: float
+    """Share of the tokens of all ranks that was not computed, since other sequences have the same prompt."""
     backward_frac: float
     """Share of the tokens of all ranks in sequences that can have a gradient; the others are read for metrics only."""
 
@@ -64,6 +68,8 @@ class Minibatch:
     num_tokens: int
     """Of all ranks."""
     num_backward_tokens: int
+    num_laid: int
+    """Those that are left where a shared prompt counts once."""
     num_positions: int
     """What the passes over them compute, padding included."""
     old_logprobs: Sequence[Sequence[Tensor | None]] = ()
@@ -115,13 +121,14 @@ class BatchRunner:
         for number, part in enumerate(parts):
             where = f"step {batch.step}" + (f", minibatch {number}" if len(parts) > 1 else "")
             norms.append(self._optimizer_step(part, len(parts), sums, where))
-        total = sum(part.num_tokens for part in parts)
+        total, laid = sum(part.num_tokens for part in parts), sum(part.num_laid for part in parts)
         return StepReport(
             sums=sums,
             grad_norms=norms,
             learning_rate=learning_rate,
             num_micro_batches=sum(len(each) for part in parts for each in part.micro_batches),
-            padding_frac=1 - total / sum(part.num_positions for part in parts),
+            padding_frac=1 - laid / sum(part.num_positions for part in parts),
+            shared_frac=1 - laid / total,
             backward_frac=sum(part.num_backward_tokens for part in parts) / total,
         )
 
@@ -145,7 +152,7 @@ class BatchRunner:
     def _measured(self, batch: TrainingBatch, measure: Any) -> Iterator[tuple[list[TrainingSequence], MicroBatch, Any]]:
         """What `measure` finds in each micro-batch of this rank, with its sequences and the whole of it."""
         self._check_batch(batch)
-        for indices in self._plan(batch.sequences)[self._ranks.share]:
+        for indices in self._plan(batch.sequences).plan[self._ranks.share]:
             sequences = [batch.sequences[index] for index in indices]
             whole = pack(sequences, self._layout)
             with torch.no_grad():
@@ -197,10 +204,11 @@ class BatchRunner:
 
     def logprobs(self, sequences: Sequence[TrainingSequence], temperature: float) -> list[Float[np.ndarray, " time"]]:
         """Log-probs of the response tokens of each sequence under the weights as they are; the same on every rank."""
-        lengths = [num_tokens(sequence) for sequence in sequences]
-        budget = max(self._settings.max_tokens_per_micro_batch, *lengths)
+        budget = max(self._settings.max_tokens_per_micro_batch, *map(num_tokens, sequences))
+        units = units_of(list(map(extent_of, sequences)), budget, 1, self._layout)
         found: dict[int, np.ndarray] = {}
-        for indices in self._layout.batches(lengths, budget):
+        for batch in self._layout.batches([unit.length for unit in units], budget):
+            indices = members_of(units, batch)
             whole = pack([sequences[index] for index in indices], self._layout)
             mine = self._logprobs(self._ranks.shard(whole), temperature)
             rows = self._ranks.joined(whole, mine).cpu().numpy()
@@ -217,15 +225,14 @@ class BatchRunner:
                 ),
             )
 
-    def _plan(self, sequences: Sequence[TrainingSequence]) -> Plan:
-        lengths = [num_tokens(sequence) for sequence in sequences]
+    def _plan(self, sequences: Sequence[TrainingSequence]) -> SequencePlan:
         budget = self._settings.max_tokens_per_micro_batch
-        return plan_micro_batches(lengths, budget, self._ranks.num_shares, self._layout)
+        return plan_sequences(sequences, budget, self._ranks.num_shares, self._layout)
 
-    def _pack(self, sequences: Sequence[TrainingSequence], plan: Plan) -> list[MicroBatch]:
+    def _pack(self, sequences: Sequence[TrainingSequence], planned: SequencePlan) -> list[MicroBatch]:
         return [
             self._ranks.shard(pack([sequences[index] for index in indices], self._layout))
-            for indices in plan[self._ranks.share]
+            for indices in planned.plan[self._ranks.share]
         ]
 
     def _minibatch(self, sequences: Sequence[TrainingSequence]) -> Minibatch:
@@ -234,14 +241,14 @@ class BatchRunner:
         kinds: tuple[list[TrainingSequence], list[TrainingSequence]] = ([], [])
         for sequence in sequences:
             kinds[0 if carries_gradient(sequence, by_advantage) else 1].append(sequence)
-        plans = [self._plan(kind) if kind or not number else () for number, kind in enumerate(kinds)]
-        lengths = [[num_tokens(sequence) for sequence in kind] for kind in kinds]
-        backward, forward = (self._pack(*each) if each[1] else [] for each in zip(kinds, plans, strict=True))
+        plans = [self._plan(kind) for kind in kinds]
+        tokens = [sum(map(num_tokens, kind)) for kind in kinds]
         return Minibatch(
-            micro_batches=(backward, forward),
-            num_tokens=sum(map(sum, lengths)),
-            num_backward_tokens=sum(lengths[0]),
-            num_positions=sum(num_positions(*each, self._layout) for each in zip(plans, lengths, strict=True)),
+            micro_batches=(self._pack(kinds[0], plans[0]), self._pack(kinds[1], plans[1]) if kinds[1] else []),
+            num_tokens=sum(tokens),
+            num_backward_tokens=tokens[0],
+            num_laid=sum(each.num_tokens for each in plans),
+            num_positions=sum(each.num_positions for each in plans),
         )
 
     def _optimizer_step(self, part: Minibatch, num_minibatches: int, sums: dict[str, float], where: str) -> float:

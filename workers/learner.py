@@ -143,6 +143,7 @@ class DeepSpeedLearner:
             "learner/learning_rate": first.learning_rate,
             "learner/num_micro_batches": float(first.num_micro_batches),
             "learner/padding_frac": first.padding_frac,
+            "learner/shared_frac": first.shared_frac,
             "learner/backward_frac": first.backward_frac,
             "learner/duration_s": time.monotonic() - started,
         }

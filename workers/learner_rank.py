@@ -25,7 +25,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from trace_rl.batch import RolloutKey, TokenFigures, TokenStatistics, TrainingBatch, TrainingSequence
 from trace_rl.config.learner import LearnerSettings
 from trace_rl.config.roles import Model
-from trace_rl.errors import CheckpointError, MovedOnError, TrainingError
+from trace_rl.errors import CheckpointError, ModelError, MovedOnError, TrainingError
 from trace_rl.objective import Objective
 from trace_rl.protocols import StoredFile
 from trace_rl.workers import life
@@ -86,8 +86,8 @@ class LearnerRank:
         """Join the process group, load the model, build the engine (collective); returns what `send_weights` sends."""
         import transformers
 
-        from trace_rl.workers import deepspeed_engine, learner_weights
-        from trace_rl.workers.policy_model import RowModel, layout_of, load_policy
+        from trace_rl.workers import deepspeed_engine, learner_weights, shared_attention
+        from trace_rl.workers.policy_model import RowModel, layout_of, learner_model, load_policy
 
         transformers.utils.logging.disable_progress_bar()
         spec = self._spec
@@ -97,7 +97,13 @@ class LearnerRank:
         np.random.seed((spec.seed + self._rank) % 2**32)
         torch.manual_seed(spec.seed + self._rank)
         self._device = deepspeed_engine.device()
-        policy = load_policy(spec.model, self._device)
+        policy = load_policy(learner_model(spec.model, spec.settings), self._device)
+        layout = layout_of(policy, spec.settings)
+        if layout.shares_prompts and (reason := shared_attention.prepare(policy)):
+            raise ModelError(
+                f"learner.layout is shared, but {spec.model.path!r} ({type(policy).__name__}) {reason}; set "
+                "learner.layout=auto"
+            )
         if spec.settings.gradient_checkpointing:
             policy.gradient_checkpointing_enable({"use_reentrant": False})
         if spec.settings.lora.rank:
@@ -110,7 +116,6 @@ class LearnerRank:
         self._engine.train()
         self._policy = policy
         ranks = Ranks(self._rank, self._world_size, shares, group)
-        layout = layout_of(policy, spec.settings)
         self._runner = BatchRunner(self._engine, spec.settings, spec.objective, ranks, layout, self._device)
         self._gathered = learner_weights.gathered_buckets
         self._weights = learner_weights.model_weights(policy)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from trace_rl.config.learner import LearnerSettings
@@ -25,7 +25,7 @@ from trace_rl.errors import ModelError
 from trace_rl.flops import TransformerShape
 from trace_rl.head_loss import Projection
 from trace_rl.packing import MicroBatch
-from trace_rl.token_layout import Layout, Packed, Padded, TokenGrid
+from trace_rl.token_layout import Layout, Packed, Padded, SharedPrompts, TokenGrid
 
 Result = TypeVar("Result")
 
@@ -69,6 +69,11 @@ def attention_of(model: Model, device: torch.device) -> str:
     return "flash_attention_2" if has_flash else "sdpa"
 
 
+def learner_model(model: Model, settings: LearnerSettings) -> Model:
+    """The model as the learner loads it: prompts are shared in torch's attention."""
+    return model.model_copy(update={"attention": "sdpa"}) if settings.shares_prompts else model
+
+
 def is_flash(policy: PreTrainedModel) -> bool:
     """Whether the model's attention computes each of several sequences in one row on its own."""
     return str(policy.config._attn_implementation).startswith("flash_attention")
@@ -80,6 +85,8 @@ def layout_of(policy: PreTrainedModel, settings: LearnerSettings) -> Layout:
     if shares > 1:
         # ranks that share sequences drop masks: without flash attention a row must be one sequence, before its padding
         return Packed(multiple_of=shares, max_sequences=None if is_flash(policy) else 1)
+    if settings.shares_prompts:
+        return SharedPrompts()
     is_packed = settings.layout == "packed" or (settings.layout == "auto" and is_flash(policy))
     return Packed() if is_packed else Padded()
 
@@ -116,21 +123,17 @@ def check_head(policy: PreTrainedModel, name: str, setting: str = "model.path") 
         )
 
 
-def final_hidden(
-    policy: PreTrainedModel, grid: TokenGrid, cache: DynamicCache | None = None
-) -> Float[Tensor, "batch time hidden"]:
-    """Hidden states after the last norm: what the output head reads.
-
-    Args:
-        cache: keys and values of what stands before the grid, whose mask then covers both; the grid's are added.
-    """
+def final_hidden(policy: PreTrainedModel, grid: TokenGrid) -> Float[Tensor, "batch time hidden"]:
+    """Hidden states after the last norm: what the output head reads."""
     # without a mask transformers tells sequences apart by their position ids
-    apart = _run_borders(policy, grid) if grid.runs else {"attention_mask": grid.attention_mask}
+    if grid.shared is not None:
+        apart: dict[str, Any] = {"shared_reads": grid.shared}
+    else:
+        apart = _run_borders(policy, grid) if grid.runs else {"attention_mask": grid.attention_mask}
     output = policy.get_decoder()(
         input_ids=grid.input_ids,
         position_ids=grid.position_ids,
-        past_key_values=cache,
-        use_cache=cache is not None,
+        use_cache=False,
         **apart,
     )
     return output.last_hidden_state

@@ -14,7 +14,7 @@ Invariants:
   is made again from the start weights and the policy.
 
 Rollouts without routed tokens are never sent, sequences end behind their last wanted token, and a prompt that several
-of them have is computed once (`trace_rl.workers.shared_prompts`).
+of a batch have is computed once where the attention allows (`trace_rl.workers.shared_attention`).
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from trace_rl.config.teacher import Teacher as TeacherSettings
 from trace_rl.config.teacher import TeacherWeights
 from trace_rl.errors import CheckpointError, DeadlineError, ModelError, TraceError, WorkerError
 from trace_rl.flops import TeacherCost
+from trace_rl.packing import Extent, members_of, units_of
 from trace_rl.protocols import StoredFile
 from trace_rl.reply_checks import rows_fault
 from trace_rl.states import states_array
-from trace_rl.token_layout import Packed, Padded, predicting_positions
-from trace_rl.workers import life
+from trace_rl.token_layout import predicting_positions
+from trace_rl.workers import life, shared_attention
 from trace_rl.workers.checkpoint_files import seal
 from trace_rl.workers.idle import IdleMeter
 from trace_rl.workers.life import new_life
-from trace_rl.workers.policy_model import final_hidden, head_weight, is_flash, load_policy, transformer_shape
+from trace_rl.workers.policy_model import final_hidden, head_weight, load_policy, transformer_shape
 from trace_rl.workers.revival import RestartedError, life_of
-from trace_rl.workers.shared_prompts import can_share, continued, shared
 from trace_rl.workers.waiting import wait_for
 
 Result = TypeVar("Result")
@@ -94,8 +94,7 @@ class TeacherModel:
         self._models = [
             load_policy(start, self._device, setting).eval().requires_grad_(False) for _ in settings.weights.shares()
         ]
-        self._layout = Packed() if is_flash(self._models[0]) else Padded()
-        self._shares_prompts = can_share(self._models)
+        self._layout = shared_attention.layout_for_reading(self._models)
         found = len(head_weight(self._models[0]))
         if found < vocab_size:
             raise ModelError(
@@ -127,21 +126,14 @@ class TeacherModel:
     def cost(self) -> TeacherCost:
         """Of a request, with the part of the head that is used."""
         shapes = [transformer_shape(model, self._vocab_size) for model in self._models]
-        return TeacherCost(tuple(shapes), self._shares_prompts)
+        return TeacherCost(tuple(shapes), self._max_tokens if self._layout.shares_prompts else 0)
 
     def score(self, requests: Sequence[TeacherRequest]) -> list[TeacherRows]:
-        """One forward per model and batch of similar lengths; returns rows in the order of the requests."""
-        sharing = shared(requests) if self._shares_prompts else []
-        alone = sorted(set(range(len(requests))) - set(sharing))
+        """One forward per model and batch; returns rows in the order of the requests."""
+        units = units_of(list(map(_extent, requests)), self._max_tokens, 1, self._layout)
         rows: dict[int, TeacherRows] = {}
-        for number, states in continued(
-            self._models, [requests[index] for index in sharing], self._max_tokens, self._device
-        ):
-            request = requests[sharing[number]]
-            wanted = torch.from_numpy(request.positions).to(self._device)
-            rows[sharing[number]] = self._rows(request, [each[wanted] for each in states])
-        for numbers in self._layout.batches([_length(requests[index]) for index in alone], self._max_tokens):
-            indices = [alone[number] for number in numbers]
+        for batch in self._layout.batches([unit.length for unit in units], self._max_tokens):
+            indices = members_of(units, batch)
             rows |= dict(zip(indices, self._score_batch([requests[index] for index in indices]), strict=True))
         return [rows[index] for index in range(len(requests))]
 
@@ -211,7 +203,10 @@ class TeacherModel:
 
     @torch.no_grad()
     def _score_batch(self, batch: Sequence[TeacherRequest]) -> Iterator[TeacherRows]:
-        grid = self._layout.grid([request.teacher_prompt_token_ids + request.token_ids for request in batch])
+        grid = self._layout.grid(
+            [request.teacher_prompt_token_ids + request.token_ids for request in batch],
+            [len(request.teacher_prompt_token_ids) for request in batch],
+        )
         hidden = [final_hidden(model, grid.to(self._device)).flatten(0, 1) for model in self._models]
         for start, request in zip(grid.starts, batch, strict=True):
             predicting = predicting_positions(len(request.teacher_prompt_token_ids), request.positions)
@@ -367,5 +362,5 @@ class RayTeacher:
             return wait_for(self._actor.in_life.remote(self._life, method, *args), self._timeout_s, _NAME, doing)
 
 
-def _length(request: TeacherRequest) -> int:
-    return len(request.teacher_prompt_token_ids) + len(request.token_ids)
+def _extent(request: TeacherRequest) -> Extent:
+    return request.teacher_prompt_token_ids, len(request.teacher_prompt_token_ids), len(request.token_ids)

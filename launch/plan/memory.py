@@ -226,14 +226,17 @@ def activation_bytes(config: RunConfig, shape: ModelShape) -> int:
     queries, keys and values, and gate, activation and product of the MLP. Counted as in arXiv:2205.05198, section 4,
     for layers with RMSNorm, norms of queries and keys, rotary positions and a gated MLP, and for an attention that
     keeps no scores (arXiv:2205.14135). Without flash attention a layer keeps a mask too, of b T times the length of a
-    row. L layers keep L A T, and with checkpointing L h b T + A T.
+    row; where prompts are shared it keeps more, see below. L layers keep L A T, and with checkpointing L h b T + A T.
     """
     learner, value = config.learner, shape.bytes_per_value
     tokens = learner.max_tokens_per_micro_batch // learner.sequence_parallel
     layer = tokens * _token_bytes(shape)
     if not shape.is_flash and learner.sequence_parallel == 1:
-        is_padded = isinstance(shape.layout, Padded)
-        layer += tokens * (config.max_sequence_tokens if is_padded else tokens) * value
+        if shape.layout.shares_prompts:
+            layer += round(tokens * _shared_token_bytes(config, shape))
+        else:
+            is_padded = isinstance(shape.layout, Padded)
+            layer += tokens * (config.max_sequence_tokens if is_padded else tokens) * value
     kept = shape.num_layers * (tokens * shape.hidden * value if learner.gradient_checkpointing else layer)
     return kept + layer + (layer if learner.gradient_checkpointing else 0)
 
@@ -243,6 +246,19 @@ def _token_bytes(shape: ModelShape) -> int:
     value = shape.bytes_per_value
     attention = (4 + 3 * value) * (shape.query_width + shape.key_width)
     return (8 + 4 * value) * shape.hidden + attention + 4 * value * shape.intermediate
+
+
+def _shared_token_bytes(config: RunConfig, shape: ModelShape) -> float:
+    """b (q + (2 q n + m) S / U): queries, keys and values of n sequences of S tokens, and a mask of m rows, by token.
+
+    A group of n prompts of p tokens and responses of r has U = p - 1 + n m tokens, m = r + 1. Its sequences are laid
+    out one below the other for the attention, with keys and values for every head.
+    """
+    sampling, count = config.sampling, config.sampling.samples_per_prompt
+    rows = sampling.max_response_tokens + 1
+    length = config.max_sequence_tokens / (sampling.max_prompt_tokens - 1 + count * rows)
+    width = shape.query_width
+    return shape.bytes_per_value * (width + (2 * width * count + rows) * length)
 
 
 def _sync_place(sync: SyncPlan) -> Place:
@@ -258,9 +274,9 @@ def teacher_memory(config: RunConfig, shape: ModelShape, roles: tuple[str, ...])
         Item("weights" if models == 1 else f"weights of {models} models", models * shape.weights.nbytes),
         Item("activations", layer, is_exact=False),
     ]
-    if not shape.is_flash and sampling.samples_per_prompt > 1:  # of prompts, and of a batch that goes on from them
-        cached = 2 * config.teacher.max_tokens_per_batch * 2 * shape.key_width * value * shape.num_layers
-        items.append(Item("keys and values of shared prompts", models * cached, is_exact=False))
+    if not shape.is_flash and sampling.samples_per_prompt > 1:
+        sides = round(config.teacher.max_tokens_per_batch * _shared_token_bytes(config, shape))
+        items.append(Item("attention of a layer over shared prompts", sides, is_exact=False))
     if config.algorithm.reads & {"logprobs", "entropy"}:
         items.append(Item("logits", (models + 2) * 4 * _ROWS_PER_PRODUCT * shape.vocab, is_exact=False))
     if weights.is_average:

@@ -17,7 +17,7 @@ from trace_rl.errors import ModelError, first_line
 from trace_rl.flops import TransformerShape
 from trace_rl.token_layout import Layout
 from trace_rl.workers.adapters import add_adapters
-from trace_rl.workers.policy_model import attention_of, layout_of, transformer_shape
+from trace_rl.workers.policy_model import attention_of, layout_of, learner_model, transformer_shape
 from trace_rl.workers.weight_wire import WeightManifest
 
 
@@ -86,7 +86,7 @@ def model_shape(
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     dtype = getattr(torch, model.dtype)
     weights = WeightManifest.of((name, tuple(each.shape), dtype) for name, each in policy.named_parameters())
-    policy.config._attn_implementation = attention_of(model, device)
+    policy.config._attn_implementation = attention_of(learner_model(model, settings), device)
     transformer = transformer_shape(policy, text.vocab_size)  # before adapters are added
     layout, is_flash = layout_of(policy, settings), policy.config._attn_implementation.startswith("flash_attention")
     return ModelShape(

@@ -244,7 +244,8 @@ def learner_flops(given: Given, has_routes: bool) -> float:
     Layers: one pass forward, one for gradients of their inputs, one for those of the T trained of P weights, c = 1 with
     gradient checkpointing, o = 1 where old log-probs are computed (learner.minibatches_per_step above 1). Head: three
     products a token, and one more with the heads of m teacher models on the routed share s whose states are read
-    (`trace_rl.head_loss`). Every sequence is taken to have a gradient.
+    (`trace_rl.head_loss`). Every sequence is taken to have a gradient. Where prompts are shared
+    (learner.layout) only one of a prompt's samples has F(p, 0) in it.
     """
     config, work, model = given.config, given.work, given.shape.transformer
     learner = config.learner
@@ -253,16 +254,23 @@ def learner_flops(given: Given, has_routes: bool) -> float:
     reads_states = has_routes and "states" in config.algorithm.reads
     taught = len(config.teacher.weights.shares()) * work.routed_tokens_frac if reads_states else 0.0
     p, head = work.prompt_tokens, _HEAD_PRODUCTS + old + taught
+    shared = _shared_frac(config) * model.forward_flops(p, 0)
     return work.num_rollouts * given.over_responses(
-        lambda r: layers * model.forward_flops(p + r, 0) + head * model.forward_flops(0, r)
+        lambda r: layers * (model.forward_flops(p + r, 0) - shared) + head * model.forward_flops(0, r)
     )
+
+
+def _shared_frac(config: RunConfig) -> float:
+    """Share of the prompts that the learner need not compute."""
+    return (1 - 1 / config.sampling.samples_per_prompt) * config.learner.shares_prompts
 
 
 def learner_passes(given: Given) -> int:
     """Micro-batches that a rank takes for a step: those of full length that its share of the tokens fills."""
     learner, work = given.config.learner, given.work
     shares = learner.world_size // learner.sequence_parallel
-    tokens = work.num_rollouts * (work.prompt_tokens + work.responses.mean) / learner.minibatches_per_step / shares
+    length = work.prompt_tokens * (1 - _shared_frac(given.config)) + work.responses.mean
+    tokens = work.num_rollouts * length / learner.minibatches_per_step / shares
     return learner.minibatches_per_step * max(1, math.ceil(tokens / learner.max_tokens_per_micro_batch))
 
 

@@ -130,7 +130,8 @@ def _learner(facts: Facts) -> Iterator[str]:
             f"{batch.num_shares} parts of the learner share {batch.sequences_per_optimizer_step} sequences an "
             f"optimizer step, so that {batch.idle_micro_batches} of their passes run over nothing (learner.world_size)"
         )
-    if isinstance(shape.layout, Packed) and not shape.is_flash and config.learner.sequence_parallel == 1:
+    is_square = isinstance(shape.layout, Packed) and not shape.layout.shares_prompts and not shape.is_flash
+    if is_square and config.learner.sequence_parallel == 1:
         yield (
             "sequences are packed, but the attention is not flash attention, whose work and mask then grow with the "
             "square of a micro-batch (learner.layout, model.attention)"

@@ -56,10 +56,11 @@ class LearnerSettings(Section):
     it."""
     minibatches_per_step: int = Field(1, ge=1)
     """Optimizer steps on one batch of rollouts; above 1, old log-probs are computed before the first."""
-    layout: Literal["auto", "padded", "packed"] = "auto"
+    layout: Literal["auto", "padded", "packed", "shared"] = "auto"
     """`padded`: sequences of similar length in rows of one length. `packed`: all sequences of a micro-batch behind each
-    other in one row, without padding; without flash-attn the attention of such a row costs its length squared. `auto`:
-    packed where model.attention is flash_attention_2, else padded."""
+    other in one row, without padding; without flash-attn the attention of such a row costs its length squared.
+    `shared`: packed, and the prompt of a group is computed once for all of its responses (arXiv:2506.05433), with
+    torch's attention. `auto`: packed where model.attention is flash_attention_2, else padded."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them."""
     offload: Literal["none", "optimizer", "all"] = "none"
@@ -88,12 +89,22 @@ class LearnerSettings(Section):
                 f"learner.sequence_parallel is {shares}, which does not divide learner.world_size = {self.world_size}; "
                 "every sequence is shared by that many ranks"
             )
-        if shares > 1 and self.layout == "padded":
+        if shares > 1 and self.layout in ("padded", "shared"):
             raise ValueError(
-                f"learner.sequence_parallel is {shares} and learner.layout is padded, but shared sequences are packed; "
-                "set learner.layout=auto"
+                f"learner.sequence_parallel is {shares} and learner.layout is {self.layout}, but sequences that ranks "
+                "share are packed, each with its own prompt; set learner.layout=auto"
             )
         return self
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether the prompt of a group is computed once for all of its responses."""
+        return self.layout == "shared"
+
+    @property
+    def shared_within(self) -> int:
+        """Tokens among which a prompt is computed once; 0: each sequence computes its own."""
+        return self.max_tokens_per_micro_batch if self.shares_prompts else 0
 
     @property
     def sends_adapters(self) -> bool:

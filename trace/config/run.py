@@ -253,6 +253,15 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _shared_prompts_have_an_attention(self) -> RunConfig:
+        if self.learner.shares_prompts and self.model.attention not in ("auto", "sdpa"):
+            raise ValueError(
+                "learner.layout is shared, whose prompts are shared in torch's attention, but model.attention is "
+                f"{self.model.attention}; set model.attention=sdpa, or learner.layout=auto"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _micro_batch_holds_a_sequence(self) -> RunConfig:
         if self.learner.max_tokens_per_micro_batch < self.max_sequence_tokens:
             raise ValueError(
