@@ -108,7 +108,7 @@ def teacher_metrics(
     states run on the learner, those of log-probs and entropies on the teacher. Where a rollout was not sent, its
     privileged prompt was never made and the student's is counted for it, so the share is rather too small. Padding,
     and what ranked routes project again on the learner to choose their tokens, is left out. Of a prompt that is
-    computed once for several requests of a call all but the last token counts once among these.
+    computed once for several requests of a batch all but the last token counts once among these.
 
     Args:
         routed: the rollouts that are trained on, when the requests were made of them.
