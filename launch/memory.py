@@ -24,9 +24,12 @@ def tree_memory_gib(pid: int | None = None) -> float:
 
 
 class MemoryWatch:
-    """Samples `tree_memory_gib` every `interval_s` seconds until it is stopped."""
+    """Samples `tree_memory_gib` every `interval_s` seconds until it is stopped.
 
-    def __init__(self, interval_s: float = 5.0, pid: int | None = None) -> None:
+    A sample reads the page tables of every process: of the demo's ten with 6 GiB that takes a core 0.2 s.
+    """
+
+    def __init__(self, interval_s: float = 15.0, pid: int | None = None) -> None:
         self.peak_gib = 0.0
         self._pid = pid
         self._interval_s = interval_s

@@ -31,10 +31,10 @@ from logits_loss import as_states
 from trace_rl.batch import TrainingBatch
 from trace_rl.config.algorithm import Algorithm
 from trace_rl.errors import ConfigError, TrainingError
-from trace_rl.objective import objective_of
+from trace_rl.objective import merge_sums, objective_of
 from trace_rl.packing import MicroBatch
 from trace_rl.token_layout import Padded
-from trace_rl.workers.batch_runner import BatchRunner
+from trace_rl.workers.batch_runner import BatchRunner, StepReport
 from trace_rl.workers.learner import learner_spec
 from trace_rl.workers.ranks import Ranks
 
@@ -170,12 +170,38 @@ def test_sequences_without_gradient_are_read_and_change_nothing(
     assert report.backward_frac == pytest.approx(1 - lengths[0] / sum(lengths))
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_sequences_without_gradient_need_not_be_read(
+    groups: dict[int, Group], model_path: str, world_size: int
+) -> None:
+    batch = with_advantage(BATCHES[0], 0, 0.0)
+
+    def of(measured: str) -> tuple[Weights, StepReport]:
+        config = run_config(model_path, world_size=world_size, measured_sequences=measured)
+        group = groups[world_size].build(learner_spec(config))
+        reports = group.all("call", "train_step", batch)
+        merged: dict[str, float] = {}
+        for report in reports:
+            merge_sums(merged, report.sums)
+        return group.weights(), replace(reports[0], sums=merged)
+
+    (weights, report), (others, fewer) = of("all"), of("trained")
+    assert gap(others, weights) == 0
+    assert fewer.grad_norms == report.grad_norms and fewer.backward_frac == report.backward_frac < 1
+    assert fewer.num_micro_batches < report.num_micro_batches
+    # its response is all of its tokens that are measured
+    assert report.sums["tokens"] - fewer.sums["tokens"] == len(batch.sequences[0].token_ids)
+
+
+@pytest.mark.parametrize("measured", ["all", "trained"])
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_a_batch_without_any_gradient_is_a_step_of_zero(
-    groups: dict[int, Group], model_path: str, zero_stage: int
+    groups: dict[int, Group], model_path: str, zero_stage: int, measured: str
 ) -> None:
     plain = [replace(s, route_weight=0 * s.route_weight, advantages=0 * s.advantages) for s in BATCHES[0].sequences]
-    group = groups[2].build(learner_spec(run_config(model_path, world_size=2, zero_stage=zero_stage)))
+    group = groups[2].build(
+        learner_spec(run_config(model_path, world_size=2, zero_stage=zero_stage, measured_sequences=measured))
+    )
     (report,) = group.train([replace(BATCHES[0], sequences=tuple(plain))])
     assert report.grad_norms == [0.0] and report.backward_frac == 0.0
     assert report.sums["tokens"] > 0 and report.sums["entropy"] > 0

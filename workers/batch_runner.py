@@ -54,9 +54,9 @@ class StepReport:
     num_micro_batches: int
     padding_frac: float
     shared_frac: float
-    """Share of the tokens of all ranks that was not computed, since other sequences have the same prompt."""
+    """Share of the tokens that all ranks read that was not computed, since other sequences have the same prompt."""
     backward_frac: float
-    """Share of the tokens of all ranks in sequences that can have a gradient; the others are read for metrics only."""
+    """Share of the tokens of all ranks in sequences that can have a gradient."""
 
 
 @dataclass
@@ -65,8 +65,10 @@ class Minibatch:
 
     micro_batches: tuple[list[MicroBatch], list[MicroBatch]]
     """Of sequences that can have a gradient, and of those that cannot."""
+    num_all: int
+    """Tokens of all ranks."""
     num_tokens: int
-    """Of all ranks."""
+    """Those of sequences that are read."""
     num_backward_tokens: int
     num_laid: int
     """Those that are left where a shared prompt counts once."""
@@ -129,7 +131,7 @@ class BatchRunner:
             num_micro_batches=sum(len(each) for part in parts for each in part.micro_batches),
             padding_frac=1 - laid / sum(part.num_positions for part in parts),
             shared_frac=1 - laid / total,
-            backward_frac=sum(part.num_backward_tokens for part in parts) / total,
+            backward_frac=sum(part.num_backward_tokens for part in parts) / sum(part.num_all for part in parts),
         )
 
     def score(self, batch: TrainingBatch) -> list[TokenStatistics]:
@@ -236,15 +238,21 @@ class BatchRunner:
         ]
 
     def _minibatch(self, sequences: Sequence[TrainingSequence]) -> Minibatch:
-        """Plan a minibatch. What has no gradient gets no backward pass; where all is such, one that gives zero does."""
+        """Plan a minibatch. What has no gradient is read for metrics if at all; where all is such, all is read, and a
+        backward pass over nothing gives zero.
+        """
         by_advantage = self._objective.policy_gradient.vanishes_without_advantage
         kinds: tuple[list[TrainingSequence], list[TrainingSequence]] = ([], [])
         for sequence in sequences:
             kinds[0 if carries_gradient(sequence, by_advantage) else 1].append(sequence)
+        num_all = sum(map(num_tokens, sequences))
+        if kinds[0] and self._settings.measured_sequences == "trained":
+            kinds[1].clear()
         plans = [self._plan(kind) for kind in kinds]
         tokens = [sum(map(num_tokens, kind)) for kind in kinds]
         return Minibatch(
             micro_batches=(self._pack(kinds[0], plans[0]), self._pack(kinds[1], plans[1]) if kinds[1] else []),
+            num_all=num_all,
             num_tokens=sum(tokens),
             num_backward_tokens=tokens[0],
             num_laid=sum(each.num_tokens for each in plans),

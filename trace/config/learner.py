@@ -61,6 +61,10 @@ class LearnerSettings(Section):
     other in one row, without padding; without flash-attn the attention of such a row costs its length squared.
     `shared`: packed, and the prompt of a group is computed once for all of its responses (arXiv:2506.05433), with
     torch's attention. `auto`: packed where model.attention is flash_attention_2, else padded."""
+    measured_sequences: Literal["all", "trained"] = "all"
+    """Which sequences the learner's metrics are means over. `trained`: those that cannot have a gradient, because all
+    of their group were rewarded alike and no route takes them, are left out, which saves a forward pass over them; what
+    is trained stays the same. Where none can have one, all are read."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them."""
     offload: Literal["none", "optimizer", "all"] = "none"
