@@ -158,7 +158,7 @@ def trl(setting: Setting, model: Path, seed: int, python: Path, threads: int) ->
         given, result, printed = (Path(name) / each for each in ("spec.json", "result.json", "printed.log"))
         given.write_text(json.dumps(spec), encoding="utf-8")
         with printed.open("wb") as file:
-            command = [str(python), str(HERE / "race_trl.py"), str(given), str(result)]
+            command = [str(python.absolute()), str(HERE / "race_trl.py"), str(given), str(result)]
             peer = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=name)
             try:
                 with MemoryWatch(SAMPLED_EVERY_S, peer.pid) as memory:
@@ -239,7 +239,7 @@ def a_model(setting: Setting) -> Iterator[Path]:
 
 
 def main(
-    peer: Annotated[Path, typer.Option(help="Python of the environment that has TRL.")],
+    peer: Annotated[Path, typer.Option(exists=True, help="Python of the environment that has TRL.")],
     settings: Annotated[str, typer.Option(help="Joined by commas.")] = ",".join(SETTINGS),
     seed: Annotated[int, typer.Option()] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for race_trl.json and .md.")] = None,
