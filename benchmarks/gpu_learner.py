@@ -1,4 +1,5 @@
-"""Optimizer steps on random models in the shapes of Qwen3: sequences of about 4,096 tokens, padded and packed.
+"""Optimizer steps on random models in the shapes of Qwen3: sequences of about 4,096 tokens, padded, packed, and
+behind shared prompts.
 
 Steps are those of a run (DeepSpeed) where it is installed, else `plain_learner`; with recomputation of activations in
 the backward pass (`learner.gradient_checkpointing`), as a run has it unless told otherwise, and without. The gradient
@@ -24,6 +25,8 @@ from gpu_models import models_of, preset_of
 from gpu_roofs import datasheet_flops, matmul_roof
 from learner_step import Learner
 from plain_learner import plain_runners
+
+from trace_rl.workers import shared_attention
 
 SHARES = (0.0, 0.25)
 KINDS = {"recomputing activations": True, "keeping activations": False}
@@ -62,7 +65,8 @@ def _steps(context: Context, model: str, is_recomputing: bool) -> list[Row]:
         row |= {"mfu_of_datasheet_frac": found["flops_per_s"] / told} if told else {}
         row |= {"padding_frac": found["padding_frac"], "gradient_error": errors[found["layout"]]}
         how = "DeepSpeed" if has_deepspeed() else "plain torch"
-        rows.append(row | {"attention": learner.attention, "steps_by": how})
+        attention = shared_attention.NAME if found["layout"] == "shared" else learner.attention
+        rows.append(row | {"attention": attention, "steps_by": how})
     if "packed" not in learner.runners:
         rows.append({"layout": "packed", "attention": "none here tells sequences in one row apart without a mask"})
     return rows

@@ -216,7 +216,7 @@ class Learner:
         engine: Engine = deepspeed_runners,
         adapt: Callable[[PreTrainedModel], None] = lambda policy: None,
     ) -> None:
-        config = run_config(preset, path)
+        self.config = config = run_config(preset, path)
         self.device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
         policy = load_policy(config.model, self.device)
         adapt(policy)
@@ -305,7 +305,8 @@ def measure(
     results = []
     for layout, share in cases:
         own = seconds[layout, share]
-        done = learner_work(batches[share], shape, preset.max_tokens if layout == "shared" else 0)
+        laid = learner.config.learner.model_copy(update={"layout": layout})
+        done = learner_work(batches[share], shape, learner.config.model_copy(update={"learner": laid}))
         work = 3e12 * done["learner/forward_tflop"]
         median = statistics.median(own)
         results.append(

@@ -17,7 +17,7 @@ from trace_rl.config.learner import Optimizer
 from trace_rl.config.run import RunConfig
 from trace_rl.head_loss import Projection, head_loss
 from trace_rl.objective import objective_of
-from trace_rl.packing import MicroBatch, num_tokens, pack, plan_sequences
+from trace_rl.packing import MicroBatch, extent_of, pack, plan_sequences
 from trace_rl.token_layout import Layout
 from trace_rl.workers.batch_runner import StepReport
 from trace_rl.workers.policy_model import RowModel
@@ -84,7 +84,8 @@ class PlainRunner:
         self._teacher_head = head
 
     def train_step(self, batch: TrainingBatch) -> StepReport:
-        found = plan_sequences(batch.sequences, self._settings.max_tokens_per_micro_batch, 1, self._layout)
+        extents = [extent_of(sequence) for sequence in batch.sequences]
+        found = plan_sequences(extents, self._settings.max_tokens_per_micro_batch, 1, self._layout)
         for indices in found.plan[0]:
             micro_batch = pack([batch.sequences[index] for index in indices], self._layout)
             self._model(micro_batch.to(self._device), self._loss).backward()
@@ -94,8 +95,8 @@ class PlainRunner:
             grad_norms=[self._weights.step()],
             learning_rate=self._settings.optimizer.learning_rate,
             num_micro_batches=len(found.plan[0]),
-            padding_frac=1 - found.num_tokens / found.num_positions,
-            shared_frac=1 - found.num_tokens / sum(map(num_tokens, batch.sequences)),
+            padding_frac=1 - found.num_laid / found.num_positions,
+            shared_frac=1 - found.num_laid / sum(extent.length for extent in extents),
             backward_frac=1.0,
         )
 

@@ -45,5 +45,7 @@ class MemoryWatch:
         self._thread.join(timeout=10)
 
     def _watch(self) -> None:
-        while not self._done.wait(self._interval_s):
+        while True:
             self.peak_gib = max(self.peak_gib, tree_memory_gib(self._pid))
+            if self._done.wait(self._interval_s):
+                return

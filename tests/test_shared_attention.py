@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel
 
 from trace_rl.batch import RolloutKey, TrainingBatch
 from trace_rl.errors import ModelError
-from trace_rl.packing import Unit, num_tokens, pack, plan_sequences, units_of
+from trace_rl.packing import Extent, Unit, extent_of, num_tokens, pack, plan_sequences, units_of
 from trace_rl.token_layout import Packed, Padded, SharedPrompts, TokenGrid
 from trace_rl.workers import shared_attention
 from trace_rl.workers.learner import learner_spec
@@ -80,30 +80,39 @@ def test_each_token_sees_its_own_sequence_and_nothing_else(families: list[tuple[
         for place in range(max(0, len(prompt) - 1), len(ids)):
             assert tuple(row[index] for index in sees[start + place]) == ids[: place + 1]
             assert positions[start + place] == place
-    extents = [(prompt, len(prompt), response) for prompt, (_, _, response) in zip(prompts, families, strict=True)]
+    extents = [
+        Extent(prompt, len(prompt), response) for prompt, (_, _, response) in zip(prompts, families, strict=True)
+    ]
     assert sum(unit.length for unit in units_of(extents, 999, 1, SHARED)) == len(row)
 
 
 def test_units_by_hand() -> None:
     # a prompt of 4 lies there as 3 tokens: 4 + 2, then 1 + 2 and 1 + 5 more
-    extents = [("a", 4, 2), ("b", 2, 3), ("a", 4, 2), ("a", 4, 5)]
+    extents = [Extent("a", 4, 2), Extent("b", 2, 3), Extent("a", 4, 2), Extent("a", 4, 5)]
     assert units_of(extents, 100, 1, SHARED) == [Unit((0, 2, 3), 15), Unit((1,), 5)]
     assert units_of(extents, 10, 1, SHARED) == [Unit((0, 2), 9), Unit((3,), 9), Unit((1,), 5)]
-    # of 26 tokens 13 are the fair share of two ranks
-    assert units_of(extents, 100, 2, SHARED) == [Unit((0, 2), 9), Unit((3,), 9), Unit((1,), 5)]
-    assert units_of(extents, 100, 1, Packed()) == [Unit((0,), 6), Unit((1,), 5), Unit((2,), 6), Unit((3,), 9)]
+    # divided until there is one for each of three ranks: one sequence, and two behind their prompt
+    assert units_of(extents, 100, 3, SHARED) == [Unit((1,), 5), Unit((0,), 6), Unit((2, 3), 12)]
+    assert units_of(extents[:1], 100, 3, SHARED) == [Unit((0,), 6)]
+    assert units_of(extents, 100, 3, Packed()) == [Unit((0,), 6), Unit((1,), 5), Unit((2,), 6), Unit((3,), 9)]
 
 
 def test_a_plan_counts_a_shared_prompt_once() -> None:
-    sequences = GROUPED[0].sequences
-    whole = plan_sequences(sequences, 1000, 1, SHARED)
+    sequences, extents = GROUPED[0].sequences, [extent_of(each) for each in GROUPED[0].sequences]
+    whole = plan_sequences(extents, 1000, 1, SHARED)
     laid = sum(map(num_tokens, sequences)) - sum(
         2 * (len(sequences[number].prompt_token_ids) - 1) for number in (0, 3, 6)
     )
-    assert whole.num_tokens == whole.num_positions == laid
+    assert whole.num_laid == whole.num_positions == laid
     assert pack(sequences, SHARED).grid.input_ids.numel() == laid
-    dealt = plan_sequences(sequences, 48, 2, SHARED).plan
+    # a group of three for each rank, the others' group divided or not: nobody has nothing, and each passes 64 at most
+    dealt = plan_sequences(extents, 64, 2, SHARED).plan
     assert sorted(index for rank in dealt for each in rank for index in each) == [*range(9)]
+    assert all(batch for rank in dealt for batch in rank)
+    assert all(pack([sequences[i] for i in batch], SHARED).grid.input_ids.numel() <= 64 for r in dealt for batch in r)
+    # of one group each of two ranks has a part
+    one = plan_sequences(extents[:3], 1000, 2, SHARED).plan
+    assert sorted(len(rank[0]) for rank in one) == [1, 2]
 
 
 @pytest.mark.parametrize("is_checkpointed", [False, True])
@@ -132,7 +141,14 @@ def test_states_and_gradients_are_those_of_padded_rows(model_path: str, is_check
 @pytest.mark.engine
 @pytest.mark.parametrize(
     ("world_size", "zero_stage", "more"),
-    [(1, 0, {}), (1, 2, {}), (2, 1, {}), (2, 3, {}), (2, 2, {"gradient_checkpointing": True})],
+    [
+        (1, 0, {}),
+        (1, 2, {}),
+        (2, 1, {}),
+        (2, 3, {}),
+        (2, 2, {"gradient_checkpointing": True}),
+        (1, 2, {"max_tokens_per_micro_batch": 1000}),
+    ],
 )
 def test_steps_equal_plain_torch(
     groups: dict[int, Group], model_path: str, world_size: int, zero_stage: int, more: dict[str, Any]
@@ -154,7 +170,9 @@ def test_several_optimizer_steps_and_figures_read_shared_prompts(groups: dict[in
         first, second = GROUPED
         group.train([first])
         inspected: list[Any] = group.all("call", "inspect", second)[0]
-        logprobs: list[np.ndarray] = group.all("call", "canary_logprobs", [(1, 2, 3, 4), (1, 2, 5)])[0]
+        logprobs: list[np.ndarray] = group.all("call", "canary_logprobs", [(1, 2, 3, 4), (1, 2, 5)])[
+            0
+        ]  # prompts of one
         return group.weights(), inspected, logprobs
 
     (weights, *expected), (others, *found) = of("padded"), of("shared")
@@ -196,6 +214,26 @@ def test_a_model_with_an_attention_of_its_own_is_not_prepared(model_path: str, m
     assert isinstance(shared_attention.layout_for_reading([policy]), Padded)
 
 
+def test_a_model_that_takes_no_other_arguments_is_not_prepared(model_path: str) -> None:
+    policy = load(model_path)
+    forward = policy.model.forward
+    policy.model.forward = lambda input_ids, position_ids, attention_mask=None, use_cache=False: forward(
+        input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=use_cache
+    )
+    assert shared_attention.prepare(policy).startswith("cannot be told which tokens see which")
+    assert policy.config._attn_implementation == "sdpa" and not policy.training
+
+
+def test_of_several_models_all_share_prompts_or_none(model_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = load(model_path), load(model_path)
+    prepare = shared_attention.prepare
+    monkeypatch.setattr(
+        shared_attention, "prepare", lambda policy: prepare(policy) if policy is first else "does not fit"
+    )
+    assert isinstance(shared_attention.layout_for_reading([first, second]), Padded)
+    assert first.config._attn_implementation == "sdpa"
+
+
 def test_models_that_are_read_share_prompts_under_torchs_attention(model_path: str) -> None:
     assert shared_attention.layout_for_reading([load(model_path), load(model_path)]) == SHARED
     eager = load(model_path)
@@ -220,13 +258,9 @@ def test_rows_of_another_layout_are_refused(model_path: str) -> None:
         final_hidden(policy, Padded().grid([(1, 2)]))
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [({"world_size": 2, "sequence_parallel": 2}, r"learner\.layout is shared, but sequences that ranks share")],
-)
-def test_what_cannot_share_prompts_is_refused(model_path: str, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        run_config(model_path, layout="shared", **settings)
+def test_ranks_that_share_sequences_do_not_share_prompts(model_path: str) -> None:
+    with pytest.raises(ValueError, match=r"learner\.layout is shared, but sequences that ranks share"):
+        run_config(model_path, layout="shared", world_size=2, sequence_parallel=2)
 
 
 def test_flash_attention_does_not_share_prompts(model_path: str) -> None:

@@ -1,10 +1,14 @@
 """Metrics of a step by hand."""
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 from rollouts import ERROR, KEY, annotated, configured, error, key
 
 from trace_rl.batch import RolloutKey, TeacherRequest, TeacherRows, TrainingBatch
+from trace_rl.config.run import RunConfig
 from trace_rl.flops import TeacherCost, TransformerShape
 from trace_rl.routing import route_rollouts
 from trace_rl.step_metrics import learner_work, rollout_metrics, route_metrics, staleness_metrics, teacher_metrics
@@ -133,19 +137,30 @@ def test_teacher_metrics_by_hand() -> None:
     assert two_views["teacher/flops_saved_frac"] == pytest.approx(1 - 416 / (1488 + 328 + 212 + 608 + 212))
 
 
+def with_learner(**settings: Any) -> RunConfig:
+    config = configured()
+    return config.model_copy(update={"learner": config.learner.model_copy(update=settings)})
+
+
 def test_the_learners_work_by_hand() -> None:
     shape = TransformerShape(num_layer_parameters=5, num_layers=1, attention_width=1, hidden=2, vocab=5)
     routed = route_rollouts(ROLLOUTS[:2], configured(), 0)
     batch = training_batch(routed, {}, Evidence([], {}), configured(), 0)
     # prompts of 2 tokens: F(2 + 6, 6) = 80 + 128 + 120 = 328 and F(2 + 4, 4) = 60 + 72 + 80 = 212
-    assert learner_work(batch, shape, shared_within=0) == {
+    assert learner_work(batch, shape, configured()) == {
         "learner/tokens": 14.0,
         "learner/forward_tflop": pytest.approx((328 + 212) / 1e12),
     }
-    # both have the same prompt, of which one token is read once: F(1, 0) = 10 + 2
+    # both have the same prompt, of which one token is computed once: F(1, 0) = 10 + 2
     assert batch.sequences[0].prompt_token_ids == batch.sequences[1].prompt_token_ids
-    shared = learner_work(batch, shape, shared_within=100)
+    shared = learner_work(batch, shape, with_learner(layout="shared"))
     assert shared["learner/forward_tflop"] == pytest.approx((328 + 212 - 12) / 1e12)
+    # the first alone can have a gradient
+    plain = replace(batch.sequences[1], advantages=0 * batch.sequences[1].advantages)
+    one = replace(batch, sequences=(batch.sequences[0], plain))
+    assert learner_work(one, shape, configured())["learner/tokens"] == 14
+    found = learner_work(one, shape, with_learner(measured_sequences="trained"))
+    assert found == {"learner/tokens": 8.0, "learner/forward_tflop": pytest.approx(328 / 1e12)}
 
 
 def test_a_teacher_that_was_not_asked_was_spared_everything() -> None:

@@ -166,7 +166,7 @@ def _step(config: RunConfig, roles: Roles, supply: RolloutSupply, step: int) -> 
         **roles.annotator.metrics(),
         **teacher_cost,
         **learner_metrics,
-        **learner_work(batch, roles.policy_shape, config.learner.shared_within),
+        **learner_work(batch, roles.policy_shape, config),
         **sync_metrics,
         **roles.utilisation.metrics(),
     }

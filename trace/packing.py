@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -81,6 +82,22 @@ def carries_gradient(sequence: TrainingSequence, is_policy_gradient_by_advantage
     return bool(np.any(policy) or np.any(sequence.route_weight))
 
 
+def read_sequences(
+    sequences: Sequence[TrainingSequence], is_policy_gradient_by_advantage: bool, measured: Literal["all", "trained"]
+) -> tuple[list[TrainingSequence], list[TrainingSequence]]:
+    """Those that can have a gradient, and those that cannot and are read all the same.
+
+    Args:
+        measured: see `LearnerSettings.measured_sequences`.
+    """
+    kinds: tuple[list[TrainingSequence], list[TrainingSequence]] = ([], [])
+    for sequence in sequences:
+        kinds[0 if carries_gradient(sequence, is_policy_gradient_by_advantage) else 1].append(sequence)
+    if kinds[0] and measured == "trained":
+        kinds[1].clear()
+    return kinds
+
+
 def split_minibatches(sequences: Sequence[TrainingSequence], count: int) -> list[list[TrainingSequence]]:
     """Split into at most `count` parts of whole prompt groups, in order; parts differ by at most one group."""
     groups: dict[str, list[TrainingSequence]] = {}
@@ -89,6 +106,25 @@ def split_minibatches(sequences: Sequence[TrainingSequence], count: int) -> list
     parts = np.array_split(np.arange(len(groups)), count)
     ordered = list(groups.values())
     return [[sequence for index in part for sequence in ordered[index]] for part in parts if len(part)]
+
+
+class Extent(NamedTuple):
+    """What a layout has to know of a sequence."""
+
+    prompt: Hashable
+    """What the prompt is known by."""
+    num_prompt_tokens: int
+    num_response_tokens: int
+
+    @classmethod
+    def of(cls, prompt: tuple[int, ...], response: Sequence[int]) -> Extent:
+        """Of a sequence's token ids."""
+        return cls(prompt, len(prompt), len(response))
+
+    @property
+    def length(self) -> int:
+        """Tokens of the sequence."""
+        return self.num_prompt_tokens + self.num_response_tokens
 
 
 @dataclass(frozen=True)
@@ -100,36 +136,44 @@ class Unit:
     """Positions that they take, a shared prompt once."""
 
 
-Extent = tuple[Hashable, int, int]
-"""What the prompt of a sequence is known by, and the lengths of prompt and response."""
-
-
 def units_of(extents: Sequence[Extent], max_tokens: int, num_ranks: int, layout: Layout) -> list[Unit]:
     """Group sequences that have a prompt in common, if the layout shares it, into units of at most `max_tokens`.
 
     Args:
-        num_ranks: a unit is not made larger than its fair share of everything, so that no rank waits for it.
+        num_ranks: groups are divided, the largest first, until there is a unit for each rank.
     """
-    lengths = [prompt + response for _, prompt, response in extents]
     if not layout.shares_prompts:
-        return [Unit((index,), length) for index, length in enumerate(lengths)]
-    most = min(max_tokens, -(-sum(lengths) // num_ranks))
+        return [Unit((index,), extent.length) for index, extent in enumerate(extents)]
+
+    def unit(indices: Sequence[int]) -> Unit:
+        lengths = [extents[index].length for index in indices]
+        again = (len(indices) - 1) * shared_length(extents[indices[0]].num_prompt_tokens)
+        return Unit(tuple(indices), sum(lengths) - again)
+
     by_prompt: dict[Hashable, list[int]] = {}
-    for index, (prompt, *_) in enumerate(extents):
-        by_prompt.setdefault(prompt, []).append(index)
+    for index, extent in enumerate(extents):
+        by_prompt.setdefault(extent.prompt, []).append(index)
     units = []
     for members in by_prompt.values():
-        shared = shared_length(extents[members[0]][1])
-        unit = Unit((members[0],), lengths[members[0]])
-        for index in members[1:]:
-            longer = unit.length + lengths[index] - shared
-            if longer <= most:
-                unit = Unit((*unit.indices, index), longer)
-            else:
-                units.append(unit)
-                unit = Unit((index,), lengths[index])
-        units.append(unit)
+        taken: list[int] = []
+        for index in members:
+            if taken and unit([*taken, index]).length > max_tokens:
+                units.append(unit(taken))
+                taken = []
+            taken.append(index)
+        units.append(unit(taken))
+    while len(units) < num_ranks and (divisible := [each for each in units if len(each.indices) > 1]):
+        largest = max(divisible, key=lambda each: each.length)
+        middle = len(largest.indices) // 2
+        units.remove(largest)
+        units += [unit(largest.indices[:middle]), unit(largest.indices[middle:])]
     return units
+
+
+def batches_of(extents: Sequence[Extent], max_tokens: int, layout: Layout) -> list[tuple[int, ...]]:
+    """Indices of sequences by forward pass, of at most `max_tokens` positions or one sequence."""
+    units = units_of(extents, max_tokens, 1, layout)
+    return [_members(units, batch) for batch in layout.batches([unit.length for unit in units], max_tokens)]
 
 
 @dataclass(frozen=True)
@@ -139,32 +183,29 @@ class SequencePlan:
     plan: Plan
     num_positions: int
     """Of all forward passes, padding included."""
-    num_tokens: int
-    """Of these, all but padding."""
+    num_laid: int
+    """Of these, all but padding: the tokens of all sequences, a prompt that is shared once."""
 
 
-def plan_sequences(
-    sequences: Sequence[TrainingSequence], max_tokens: int, num_ranks: int, layout: Layout
-) -> SequencePlan:
+def plan_sequences(extents: Sequence[Extent], max_tokens: int, num_ranks: int, layout: Layout) -> SequencePlan:
     """Assign sequences to micro-batches and ranks, those with the same prompt together where the layout shares it.
 
     Raises:
         DataError: a sequence is longer than `max_tokens`.
     """
-    units = units_of(list(map(extent_of, sequences)), max_tokens, num_ranks, layout)
+    units = units_of(extents, max_tokens, num_ranks, layout)
     lengths = [unit.length for unit in units]
     plan = plan_micro_batches(lengths, max_tokens, num_ranks, layout)
-    members = tuple(tuple(members_of(units, batch) for batch in rank) for rank in plan)
+    members = tuple(tuple(_members(units, batch) for batch in rank) for rank in plan)
     return SequencePlan(members, num_positions(plan, lengths, layout), sum(lengths))
 
 
 def extent_of(sequence: TrainingSequence) -> Extent:
-    """What `units_of` has to know of a sequence."""
-    return sequence.prompt_token_ids, len(sequence.prompt_token_ids), len(sequence.token_ids)
+    """Of a sequence that is trained on."""
+    return Extent.of(sequence.prompt_token_ids, sequence.token_ids)
 
 
-def members_of(units: Sequence[Unit], batch: Iterable[int]) -> tuple[int, ...]:
-    """Indices of the sequences of some units."""
+def _members(units: Sequence[Unit], batch: Iterable[int]) -> tuple[int, ...]:
     return tuple(index for number in batch for index in units[number].indices)
 
 

@@ -12,8 +12,10 @@ import numpy as np
 
 from trace_rl.batch import GradedRollout, RoutedRollout, TeacherRequest, TeacherRows, TrainingBatch
 from trace_rl.config.algorithm import Algorithm
+from trace_rl.config.run import RunConfig
 from trace_rl.flops import TeacherCost, TransformerShape
-from trace_rl.packing import Extent, extent_of, units_of
+from trace_rl.objective import objective_of
+from trace_rl.packing import Extent, extent_of, read_sequences, units_of
 from trace_rl.token_layout import SharedPrompts, shared_length
 
 
@@ -121,11 +123,8 @@ def teacher_metrics(
     requests = [request for call in calls for request in call]
     prompts = {(request.key, request.view): len(request.teacher_prompt_token_ids) for request in requests}
     tokens = [len(request.teacher_prompt_token_ids) + len(request.token_ids) for request in requests]
-    called = [
-        [(each.teacher_prompt_token_ids, len(each.teacher_prompt_token_ids), len(each.token_ids)) for each in call]
-        for call in calls
-    ]
-    again = [length for extents in called for length in _not_computed(extents, cost.shared_within)]
+    called = [[Extent.of(each.teacher_prompt_token_ids, each.token_ids) for each in call] for call in calls]
+    again = [length for extents in called for length in _shared_stems(extents, cost.shared_within)]
     rows_read = [len(request.positions) for request in requests]
     spent = sum(
         sum(map(shape.forward_flops, tokens, rows_read)) - sum(shape.forward_flops(length, 0) for length in again)
@@ -145,24 +144,27 @@ def teacher_metrics(
     }
 
 
-def _not_computed(extents: Sequence[Extent], within: int) -> list[int]:
-    """Lengths of beginnings that are not computed, since another one among so many tokens has them, too."""
+def _shared_stems(extents: Sequence[Extent], within: int) -> list[int]:
+    """Lengths of what sequences begin with and need not compute, since another one among so many tokens has it, too."""
     units = units_of(extents, within, 1, SharedPrompts()) if within else []
-    return [shared_length(extents[unit.indices[0]][1]) for unit in units for _ in unit.indices[1:]]
+    return [shared_length(extents[index].num_prompt_tokens) for unit in units for index in unit.indices[1:]]
 
 
-def learner_work(batch: TrainingBatch, shape: TransformerShape, shared_within: int) -> dict[str, float]:
-    """What one forward pass of the learner over the batch takes, padding left out, and prompts that it shares but once.
+def learner_work(batch: TrainingBatch, shape: TransformerShape, config: RunConfig) -> dict[str, float]:
+    """Tokens that the learner reads, and what one forward pass over them takes: a shared prompt once, without padding.
 
     A step is about three of them, two for the backward pass: model FLOPs utilisation (MFU) is 3 forward_tflop / seconds
     over what the hardware can do (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
     """
-    lengths = [len(item.prompt_token_ids) + len(item.token_ids) for item in batch.sequences]
-    rows = sum(len(item.token_ids) for item in batch.sequences)
-    again = _not_computed(list(map(extent_of, batch.sequences)), shared_within)
-    layers = sum(shape.forward_flops(length, 0) for length in lengths)
+    settings, objective = config.learner, objective_of(config.algorithm, config.sampling.temperature)
+    by_advantage = objective.policy_gradient.vanishes_without_advantage
+    trained, others = read_sequences(batch.sequences, by_advantage, settings.measured_sequences)
+    extents = [extent_of(sequence) for sequence in (*trained, *others)]
+    rows = sum(extent.num_response_tokens for extent in extents)
+    again = _shared_stems(extents, settings.max_tokens_per_micro_batch if settings.shares_prompts else 0)
+    layers = sum(shape.forward_flops(extent.length, 0) for extent in extents)
     flops = layers - sum(shape.forward_flops(length, 0) for length in again) + shape.forward_flops(0, rows)
-    return {"learner/tokens": float(sum(lengths)), "learner/forward_tflop": flops / 1e12}
+    return {"learner/tokens": float(sum(extent.length for extent in extents)), "learner/forward_tflop": flops / 1e12}
 
 
 def _taken(item: RoutedRollout) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 Decides which sequences share a forward pass under a budget of positions, and where the hidden state that predicts each
 response token lies: `predicting_positions` is the only place in which the shift between logits and targets happens, for
-the learner and the teacher alike. Must not know what the sequences mean, the model or its attention.
+the learner and the teacher alike. Must not know what the sequences mean, nor the model.
 
 Invariant: a state depends on the tokens of its own sequence only, whatever lies around it.
 """
@@ -25,7 +25,7 @@ _MAX_PADDING = 0.05
 
 @dataclass(frozen=True)
 class AttentionBlock:
-    """Stretches of one row that attention computes at once; what pads a line is read and thrown away."""
+    """Stretches of one row that attention computes at once; a line is padded with its last token, to be thrown away."""
 
     queries: Int[Tensor, "line time"]
     """Index of each token in the row."""
@@ -216,13 +216,13 @@ class SharedPrompts(Packed):
     def grid(self, sequences: Sequence[tuple[int, ...]], prompt_lengths: Sequence[int] = ()) -> TokenGrid:
         members: dict[tuple[int, ...], list[int]] = {}
         for number, (ids, length) in enumerate(zip(sequences, prompt_lengths or [0] * len(sequences), strict=True)):
-            members.setdefault(ids[: shared_length(length)], []).append(number)
+            members.setdefault(ids[:length], []).append(number)
         row: list[int] = []
         positions: list[int] = []
         starts = [0] * len(sequences)
         families: list[_Family] = []
-        for shared, numbers in members.items():
-            stem = shared if len(numbers) > 1 else ()
+        for prompt, numbers in members.items():
+            stem = prompt[: shared_length(len(prompt))] if len(numbers) > 1 else ()
             family = _Family(len(row), len(stem), [])
             row += stem
             for number in numbers:
@@ -266,9 +266,9 @@ def _shared_reads(families: Sequence[_Family], num_tokens: int) -> SharedReads:
         """Lines that see a stem of the same length; spans may differ a little."""
         nonlocal offset
         longest = max(length for _, length in spans)
-        queries = torch.zeros(len(spans), longest, dtype=torch.long)
+        queries = torch.empty(len(spans), longest, dtype=torch.long)
         for line, (start, length) in enumerate(spans):
-            queries[line, :length] = torch.arange(start, start + length)
+            queries[line] = torch.arange(start, start + longest).clamp(max=start + length - 1)
             places[start : start + length] = torch.arange(length) + offset + line * longest
         offset += queries.numel()
         before = torch.tensor(stems).unsqueeze(1) + torch.arange(stem)

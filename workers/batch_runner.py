@@ -25,14 +25,13 @@ from trace_rl.objective import LossRows, Objective, merge_sums
 from trace_rl.packing import (
     MicroBatch,
     SequencePlan,
-    carries_gradient,
+    batches_of,
     extent_of,
-    members_of,
     num_tokens,
     pack,
     plan_sequences,
+    read_sequences,
     split_minibatches,
-    units_of,
 )
 from trace_rl.token_layout import Layout
 from trace_rl.workers.ranks import Ranks
@@ -65,10 +64,10 @@ class Minibatch:
 
     micro_batches: tuple[list[MicroBatch], list[MicroBatch]]
     """Of sequences that can have a gradient, and of those that cannot."""
-    num_all: int
-    """Tokens of all ranks."""
     num_tokens: int
-    """Those of sequences that are read."""
+    """Of all ranks."""
+    num_read: int
+    """Of sequences that are read."""
     num_backward_tokens: int
     num_laid: int
     """Those that are left where a shared prompt counts once."""
@@ -123,15 +122,15 @@ class BatchRunner:
         for number, part in enumerate(parts):
             where = f"step {batch.step}" + (f", minibatch {number}" if len(parts) > 1 else "")
             norms.append(self._optimizer_step(part, len(parts), sums, where))
-        total, laid = sum(part.num_tokens for part in parts), sum(part.num_laid for part in parts)
+        laid = sum(part.num_laid for part in parts)
         return StepReport(
             sums=sums,
             grad_norms=norms,
             learning_rate=learning_rate,
             num_micro_batches=sum(len(each) for part in parts for each in part.micro_batches),
             padding_frac=1 - laid / sum(part.num_positions for part in parts),
-            shared_frac=1 - laid / total,
-            backward_frac=sum(part.num_backward_tokens for part in parts) / sum(part.num_all for part in parts),
+            shared_frac=1 - laid / sum(part.num_read for part in parts),
+            backward_frac=sum(part.num_backward_tokens for part in parts) / sum(part.num_tokens for part in parts),
         )
 
     def score(self, batch: TrainingBatch) -> list[TokenStatistics]:
@@ -207,10 +206,8 @@ class BatchRunner:
     def logprobs(self, sequences: Sequence[TrainingSequence], temperature: float) -> list[Float[np.ndarray, " time"]]:
         """Log-probs of the response tokens of each sequence under the weights as they are; the same on every rank."""
         budget = max(self._settings.max_tokens_per_micro_batch, *map(num_tokens, sequences))
-        units = units_of(list(map(extent_of, sequences)), budget, 1, self._layout)
         found: dict[int, np.ndarray] = {}
-        for batch in self._layout.batches([unit.length for unit in units], budget):
-            indices = members_of(units, batch)
+        for indices in batches_of(list(map(extent_of, sequences)), budget, self._layout):
             whole = pack([sequences[index] for index in indices], self._layout)
             mine = self._logprobs(self._ranks.shard(whole), temperature)
             rows = self._ranks.joined(whole, mine).cpu().numpy()
@@ -229,7 +226,7 @@ class BatchRunner:
 
     def _plan(self, sequences: Sequence[TrainingSequence]) -> SequencePlan:
         budget = self._settings.max_tokens_per_micro_batch
-        return plan_sequences(sequences, budget, self._ranks.num_shares, self._layout)
+        return plan_sequences(list(map(extent_of, sequences)), budget, self._ranks.num_shares, self._layout)
 
     def _pack(self, sequences: Sequence[TrainingSequence], planned: SequencePlan) -> list[MicroBatch]:
         return [
@@ -242,20 +239,15 @@ class BatchRunner:
         backward pass over nothing gives zero.
         """
         by_advantage = self._objective.policy_gradient.vanishes_without_advantage
-        kinds: tuple[list[TrainingSequence], list[TrainingSequence]] = ([], [])
-        for sequence in sequences:
-            kinds[0 if carries_gradient(sequence, by_advantage) else 1].append(sequence)
-        num_all = sum(map(num_tokens, sequences))
-        if kinds[0] and self._settings.measured_sequences == "trained":
-            kinds[1].clear()
+        kinds = read_sequences(sequences, by_advantage, self._settings.measured_sequences)
         plans = [self._plan(kind) for kind in kinds]
         tokens = [sum(map(num_tokens, kind)) for kind in kinds]
         return Minibatch(
             micro_batches=(self._pack(kinds[0], plans[0]), self._pack(kinds[1], plans[1]) if kinds[1] else []),
-            num_all=num_all,
-            num_tokens=sum(tokens),
+            num_tokens=sum(map(num_tokens, sequences)),
+            num_read=sum(tokens),
             num_backward_tokens=tokens[0],
-            num_laid=sum(each.num_tokens for each in plans),
+            num_laid=sum(each.num_laid for each in plans),
             num_positions=sum(each.num_positions for each in plans),
         )
 

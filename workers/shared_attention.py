@@ -1,8 +1,8 @@
 """Attention over a row in which responses lie behind one copy of the prompt that they share.
 
 Registers with transformers an attention that computes the stretches of a row block by block with torch's own, so that
-every model whose attention is looked up there can read such rows, to train or to score. Decides which models may. Must
-not know how rows are laid out (`trace_rl.token_layout.SharedPrompts`) or what is learnt from them.
+every model whose attention is looked up there can read such rows, to train or to score. Decides which models may. Rows
+are laid out by `trace_rl.token_layout.SharedPrompts`; must not know what is learnt from them.
 
 Invariant: the states are those of a pass over each sequence by itself, but for the rounding of other kernels; it is
 checked by numbers when a model is prepared.
@@ -10,12 +10,14 @@ checked by numbers when a model is prepared.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -24,9 +26,12 @@ from trace_rl.errors import ModelError
 from trace_rl.token_layout import Layout, Packed, Padded, SharedPrompts, SharedReads
 from trace_rl.workers.policy_model import final_hidden, is_flash
 
+logger = logging.getLogger(__name__)
+
 NAME = "trace_shared_prompts"
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-_PROMPT, _RESPONSES = (1, 2, 3), ((4, 5), (6,), (7, 8, 9))
+_PROMPT = (1, 2, 3)
+_SEQUENCES = tuple(_PROMPT + response for response in ((4, 5), (6,), (7, 8, 9)))
 
 
 def layout_for_reading(models: Sequence[PreTrainedModel]) -> Layout:
@@ -36,8 +41,16 @@ def layout_for_reading(models: Sequence[PreTrainedModel]) -> Layout:
     """
     if is_flash(models[0]):
         return Packed()
-    can_share = models[0].config._attn_implementation == "sdpa" and not any(map(prepare, models))
-    return SharedPrompts() if can_share else Padded()
+    attention = str(models[0].config._attn_implementation)
+    if attention != "sdpa":
+        return Padded()
+    for model in models:
+        if reason := prepare(model):
+            logger.info("Every sequence computes its own prompt: %s %s", type(model).__name__, reason)
+            for each in models:
+                each.set_attn_implementation(attention)
+            return Padded()
+    return SharedPrompts()
 
 
 @torch.no_grad()
@@ -49,22 +62,33 @@ def prepare(policy: PreTrainedModel) -> str:
     """
     if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=policy.config).layers):
         return "has layers with a window or a recurrent state, which do not see a prompt that lies elsewhere"
-    sequences = [_PROMPT + response for response in _RESPONSES]
-    was_training, attention = policy.training, policy.config._attn_implementation
+    was_training, attention = policy.training, str(policy.config._attn_implementation)
     policy.eval()
-    alone = [final_hidden(policy, Padded().grid([ids]).to(policy.device))[0] for ids in sequences]
-    policy.set_attn_implementation(NAME)
-    grid = SharedPrompts().grid(sequences, [len(_PROMPT)] * len(sequences)).to(policy.device)
-    row = final_hidden(policy, grid)[0]
-    policy.train(was_training)
-    begin = len(_PROMPT) - 1
-    for start, ids, expected in zip(grid.starts, sequences, alone, strict=True):
-        gap = (row[start + begin : start + len(ids)] - expected[begin:]).abs().max().item()
-        if not gap <= _TOLERANCE[expected.dtype] * max(1.0, expected.abs().max().item()):
+    reason = "raised an error"
+    try:
+        alone = [final_hidden(policy, Padded().grid([ids]).to(policy.device))[0] for ids in _SEQUENCES]
+        policy.set_attn_implementation(NAME)
+        reason = _difference(policy, alone)
+    except (TypeError, ModelError) as error:  # its layers take, or hand on, no arguments that they do not know
+        reason = f"cannot be told which tokens see which ({error})"
+    finally:
+        policy.train(was_training)
+        if reason:
             policy.set_attn_implementation(attention)
+    return reason
+
+
+def _difference(policy: PreTrainedModel, alone: Sequence[Float[Tensor, "time hidden"]]) -> str:
+    """What is wrong with states of sequences behind one prompt, beside those of each alone; nothing if they agree."""
+    grid = SharedPrompts().grid(_SEQUENCES, [len(_PROMPT)] * len(_SEQUENCES)).to(policy.device)
+    row, begin = final_hidden(policy, grid)[0], len(_PROMPT) - 1
+    for start, expected in zip(grid.starts, alone, strict=True):
+        found = row[start + begin : start + len(expected)].float()
+        gap = ((found - expected[begin:].float()).norm(dim=-1) / expected[begin:].float().norm(dim=-1)).max().item()
+        if not gap <= _TOLERANCE[expected.dtype]:
             return (
-                f"computes states that differ by {gap:.3g} where a prompt is shared: its attention is not looked up in "
-                "transformers' AttentionInterface, or needs more than queries, keys and values"
+                f"computes states that are off by {gap:.3g} of themselves where a prompt is shared: its attention is "
+                "not looked up in transformers' AttentionInterface, or needs more than queries, keys and values"
             )
     return ""
 
@@ -84,13 +108,17 @@ def attend(
     queries, keys, values = (each[0].transpose(0, 1) for each in (query, key, value))
     found = []
     for block in shared_reads.blocks:
-        of_block = (
-            each[index].transpose(1, 2)
-            for each, index in ((queries, block.queries), (keys, block.keys), (values, block.keys))
-        )
+        of_block = (_lines(queries, block.queries), _lines(keys, block.keys), _lines(values, block.keys))
         lines, _ = sdpa_attention_forward(module, *of_block, block.mask, **kwargs)
         found.append(lines.flatten(0, 1))
     return torch.cat(found)[shared_reads.places].unsqueeze(0), None
+
+
+def _lines(
+    row: Float[Tensor, "time heads size"], index: Int[Tensor, "line place"]
+) -> Float[Tensor, "line heads place size"]:
+    """Tokens of a row line by line. As an embedding, whose gradient is summed up in the same order every time."""
+    return F.embedding(index, row.flatten(1)).unflatten(-1, row.shape[1:]).transpose(1, 2)
 
 
 AttentionInterface.register(NAME, attend)

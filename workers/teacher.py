@@ -38,7 +38,7 @@ from trace_rl.config.teacher import Teacher as TeacherSettings
 from trace_rl.config.teacher import TeacherWeights
 from trace_rl.errors import CheckpointError, DeadlineError, ModelError, TraceError, WorkerError
 from trace_rl.flops import TeacherCost
-from trace_rl.packing import Extent, members_of, units_of
+from trace_rl.packing import Extent, batches_of
 from trace_rl.protocols import StoredFile
 from trace_rl.reply_checks import rows_fault
 from trace_rl.states import states_array
@@ -130,10 +130,9 @@ class TeacherModel:
 
     def score(self, requests: Sequence[TeacherRequest]) -> list[TeacherRows]:
         """One forward per model and batch; returns rows in the order of the requests."""
-        units = units_of(list(map(_extent, requests)), self._max_tokens, 1, self._layout)
+        extents = [Extent.of(request.teacher_prompt_token_ids, request.token_ids) for request in requests]
         rows: dict[int, TeacherRows] = {}
-        for batch in self._layout.batches([unit.length for unit in units], self._max_tokens):
-            indices = members_of(units, batch)
+        for indices in batches_of(extents, self._max_tokens, self._layout):
             rows |= dict(zip(indices, self._score_batch([requests[index] for index in indices]), strict=True))
         return [rows[index] for index in range(len(requests))]
 
@@ -360,7 +359,3 @@ class RayTeacher:
     def _call(self, method: str, *args: Any, doing: str) -> Any:
         with self.idle.busy():
             return wait_for(self._actor.in_life.remote(self._life, method, *args), self._timeout_s, _NAME, doing)
-
-
-def _extent(request: TeacherRequest) -> Extent:
-    return request.teacher_prompt_token_ids, len(request.teacher_prompt_token_ids), len(request.token_ids)

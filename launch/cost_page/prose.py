@@ -64,5 +64,5 @@ LEFT_OUT = """
 Evaluations and checkpoints; the optimizer's own arithmetic (about 30 bytes a weight and rank, milliseconds);
 all-reduces of tensor parallelism and all-to-alls of shared sequences; moving states to CPU memory (`learner.offload`,
 colocated placement) and waking engines; dynamic sampling, surplus prompts, self-annotation on the policy's engines;
-sequences without a gradient, which the learner only reads; padding. Mixtures of experts are not worked out.
+sequences without a gradient, which the learner at most reads; padding. Mixtures of experts are not worked out.
 """

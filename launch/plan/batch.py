@@ -13,7 +13,7 @@ from trace_rl.annotators import LanguageModel
 from trace_rl.config.run import RunConfig
 from trace_rl.launch.annotation_cost import Cost
 from trace_rl.launch.plan.shapes import ModelShape
-from trace_rl.packing import members_of, plan_micro_batches, units_of
+from trace_rl.packing import Extent, plan_sequences
 from trace_rl.routing import active_span_classes
 from trace_rl.token_layout import Layout
 from trace_rl.workers.weight_sender import transfer_backend
@@ -67,10 +67,9 @@ def plan_batch(config: RunConfig, layout: Layout, num_rows: int | None) -> Batch
     sequences = sampling.prompts_per_step // learner.minibatches_per_step * sampling.samples_per_prompt
     shares = learner.world_size // learner.sequence_parallel
     prompt, response = sampling.max_prompt_tokens, config.max_sequence_tokens - sampling.max_prompt_tokens
-    extents = [(number // sampling.samples_per_prompt, prompt, response) for number in range(sequences)]
-    units = units_of(extents, learner.max_tokens_per_micro_batch, shares, layout)
-    plan = plan_micro_batches([unit.length for unit in units], learner.max_tokens_per_micro_batch, shares, layout)
-    batches = [members_of(units, batch) for share in plan for batch in share]
+    extents = [Extent(number // sampling.samples_per_prompt, prompt, response) for number in range(sequences)]
+    plan = plan_sequences(extents, learner.max_tokens_per_micro_batch, shares, layout).plan
+    batches = [batch for share in plan for batch in share]
     return BatchPlan(
         num_prompts=sampling.prompts_per_step,
         samples_per_prompt=sampling.samples_per_prompt,

@@ -274,7 +274,8 @@ def teacher_memory(config: RunConfig, shape: ModelShape, roles: tuple[str, ...])
         Item("weights" if models == 1 else f"weights of {models} models", models * shape.weights.nbytes),
         Item("activations", layer, is_exact=False),
     ]
-    if not shape.is_flash and sampling.samples_per_prompt > 1:
+    shares_prompts = not shape.is_flash and config.model.attention != "eager"
+    if shares_prompts and sampling.samples_per_prompt > 1:
         sides = round(config.teacher.max_tokens_per_batch * _shared_token_bytes(config, shape))
         items.append(Item("attention of a layer over shared prompts", sides, is_exact=False))
     if config.algorithm.reads & {"logprobs", "entropy"}:

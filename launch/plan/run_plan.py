@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -44,6 +44,7 @@ from trace_rl.launch.plan.workload import Expected, workload
 from trace_rl.launch.prompt_sources import open_source
 from trace_rl.protocols import PromptSource
 from trace_rl.workers.learner import learner_spec
+from trace_rl.workers.policy_model import attention_of
 
 
 @dataclass(frozen=True)
@@ -247,7 +248,8 @@ def forecast_of(
 def _teacher_shape(config: RunConfig, shape: ModelShape) -> ModelShape:
     weights = config.teacher.weights
     if not isinstance(weights, External):
-        return shape
+        attention = attention_of(config.model, _device(config.placement.teacher.num_gpus))  # not the learner's
+        return replace(shape, is_flash=attention.startswith("flash_attention"))
     return _shape_of(config.model.model_copy(update={"path": weights.path}), "teacher.weights.path")
 
 

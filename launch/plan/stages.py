@@ -30,7 +30,9 @@ from trace_rl.launch.plan.hardware import Hardware
 from trace_rl.launch.plan.memory import kv_bytes_per_token
 from trace_rl.launch.plan.shapes import ModelShape
 from trace_rl.launch.plan.workload import Workload
+from trace_rl.packing import Extent, units_of
 from trace_rl.routing import teacher_views
+from trace_rl.token_layout import SharedPrompts
 
 Bound = Literal["memory", "products", "link", "overhead"]
 GENERATION, GRADING, ANNOTATION = "generation", "grading", "annotation"
@@ -245,7 +247,7 @@ def learner_flops(given: Given, has_routes: bool) -> float:
     gradient checkpointing, o = 1 where old log-probs are computed (learner.minibatches_per_step above 1). Head: three
     products a token, and one more with the heads of m teacher models on the routed share s whose states are read
     (`trace_rl.head_loss`). Every sequence is taken to have a gradient. Where prompts are shared
-    (learner.layout) only one of a prompt's samples has F(p, 0) in it.
+    (learner.layout) only one of a prompt's samples in a micro-batch has F(p, 0) in it.
     """
     config, work, model = given.config, given.work, given.shape.transformer
     learner = config.learner
@@ -254,22 +256,29 @@ def learner_flops(given: Given, has_routes: bool) -> float:
     reads_states = has_routes and "states" in config.algorithm.reads
     taught = len(config.teacher.weights.shares()) * work.routed_tokens_frac if reads_states else 0.0
     p, head = work.prompt_tokens, _HEAD_PRODUCTS + old + taught
-    shared = _shared_frac(config) * model.forward_flops(p, 0)
+    shared = _shared_frac(given) * model.forward_flops(p, 0)
     return work.num_rollouts * given.over_responses(
         lambda r: layers * (model.forward_flops(p + r, 0) - shared) + head * model.forward_flops(0, r)
     )
 
 
-def _shared_frac(config: RunConfig) -> float:
-    """Share of the prompts that the learner need not compute."""
-    return (1 - 1 / config.sampling.samples_per_prompt) * config.learner.shares_prompts
+def _shared_frac(given: Given) -> float:
+    """Share of the prompts that the learner need not compute: of a group all but one in each micro-batch."""
+    work, learner = given.work, given.config.learner
+    if not learner.shares_prompts:
+        return 0.0
+    extent = Extent(0, round(work.prompt_tokens), round(work.responses.mean))
+    return (
+        1
+        - len(units_of([extent] * work.samples, learner.max_tokens_per_micro_batch, 1, SharedPrompts())) / work.samples
+    )
 
 
 def learner_passes(given: Given) -> int:
     """Micro-batches that a rank takes for a step: those of full length that its share of the tokens fills."""
     learner, work = given.config.learner, given.work
     shares = learner.world_size // learner.sequence_parallel
-    length = work.prompt_tokens * (1 - _shared_frac(given.config)) + work.responses.mean
+    length = work.prompt_tokens * (1 - _shared_frac(given)) + work.responses.mean
     tokens = work.num_rollouts * length / learner.minibatches_per_step / shares
     return learner.minibatches_per_step * max(1, math.ceil(tokens / learner.max_tokens_per_micro_batch))
 

@@ -62,9 +62,9 @@ class LearnerSettings(Section):
     `shared`: packed, and the prompt of a group is computed once for all of its responses (arXiv:2506.05433), with
     torch's attention. `auto`: packed where model.attention is flash_attention_2, else padded."""
     measured_sequences: Literal["all", "trained"] = "all"
-    """Which sequences the learner's metrics are means over. `trained`: those that cannot have a gradient, because all
-    of their group were rewarded alike and no route takes them, are left out, which saves a forward pass over them; what
-    is trained stays the same. Where none can have one, all are read."""
+    """Which sequences the learner's metrics are means over, the entropy that the collapse watch reads among them.
+    `trained`: those that cannot have a gradient, because all of their group were rewarded alike and no route takes
+    them, are left out, which saves a forward pass over them; no gradient changes. Where none has one, all are read."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them."""
     offload: Literal["none", "optimizer", "all"] = "none"
@@ -104,11 +104,6 @@ class LearnerSettings(Section):
     def shares_prompts(self) -> bool:
         """Whether the prompt of a group is computed once for all of its responses."""
         return self.layout == "shared"
-
-    @property
-    def shared_within(self) -> int:
-        """Tokens among which a prompt is computed once; 0: each sequence computes its own."""
-        return self.max_tokens_per_micro_batch if self.shares_prompts else 0
 
     @property
     def sends_adapters(self) -> bool:

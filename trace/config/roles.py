@@ -20,7 +20,7 @@ class Model(Section):
     """Precision of the forward passes (learner, teacher and generator); optimizer states are always float32."""
     attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
     """Attention of learner and teacher, by transformers' names; `auto`: flash_attention_2 where a GPU, the package
-    flash-attn and bfloat16 are at hand, else sdpa."""
+    flash-attn and bfloat16 are at hand, else sdpa. A learner that shares prompts (learner.layout) has sdpa, too."""
     trust_remote_code: bool = False
     """Whether code that ships with the model may run."""
     chat_template_kwargs: dict[str, Any] = {}
