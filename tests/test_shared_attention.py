@@ -83,18 +83,26 @@ def test_each_token_sees_its_own_sequence_and_nothing_else(families: list[tuple[
     extents = [
         Extent(prompt, len(prompt), response) for prompt, (_, _, response) in zip(prompts, families, strict=True)
     ]
-    assert sum(unit.length for unit in units_of(extents, 999, 1, SHARED)) == len(row)
+    assert sum(unit.length for unit in units_of(extents, 999, SHARED)) == len(row)
 
 
 def test_units_by_hand() -> None:
     # a prompt of 4 lies there as 3 tokens: 4 + 2, then 1 + 2 and 1 + 5 more
     extents = [Extent("a", 4, 2), Extent("b", 2, 3), Extent("a", 4, 2), Extent("a", 4, 5)]
-    assert units_of(extents, 100, 1, SHARED) == [Unit((0, 2, 3), 15), Unit((1,), 5)]
-    assert units_of(extents, 10, 1, SHARED) == [Unit((0, 2), 9), Unit((3,), 9), Unit((1,), 5)]
-    # divided until there is one for each of three ranks: one sequence, and two behind their prompt
-    assert units_of(extents, 100, 3, SHARED) == [Unit((1,), 5), Unit((0,), 6), Unit((2, 3), 12)]
-    assert units_of(extents[:1], 100, 3, SHARED) == [Unit((0,), 6)]
-    assert units_of(extents, 100, 3, Packed()) == [Unit((0,), 6), Unit((1,), 5), Unit((2,), 6), Unit((3,), 9)]
+    assert units_of(extents, 100, SHARED) == [Unit((0, 2, 3), 15), Unit((1,), 5)]
+    assert units_of(extents, 10, SHARED) == [Unit((0, 2), 9), Unit((3,), 9), Unit((1,), 5)]
+    assert units_of(extents, 100, Packed()) == [Unit((0,), 6), Unit((1,), 5), Unit((2,), 6), Unit((3,), 9)]
+
+
+def test_groups_are_divided_where_a_rank_would_have_nothing_by_hand() -> None:
+    # three behind a prompt of 4, and one more sequence: 15 and 5 tokens
+    extents = [Extent("a", 4, 2), Extent("b", 2, 3), Extent("a", 4, 2), Extent("a", 4, 5)]
+    assert plan_sequences(extents, 100, 1, SHARED).plan == (((0, 2, 3, 1),),)
+    assert plan_sequences(extents, 100, 2, SHARED).plan == (((0, 2, 3),), ((1,),))
+    # for three ranks the first is divided: 6 tokens, and 3 + 3 + 6
+    assert plan_sequences(extents, 100, 3, SHARED).plan == (((2, 3),), ((0,),), ((1,),))
+    found = plan_sequences(extents, 100, 5, SHARED)
+    assert [len(rank[0]) for rank in found.plan] == [1, 1, 1, 1, 0] and found.num_laid == 6 + 5 + 6 + 9
 
 
 def test_a_plan_counts_a_shared_prompt_once() -> None:
@@ -113,6 +121,23 @@ def test_a_plan_counts_a_shared_prompt_once() -> None:
     # of one group each of two ranks has a part
     one = plan_sequences(extents[:3], 1000, 2, SHARED).plan
     assert sorted(len(rank[0]) for rank in one) == [1, 2]
+
+
+@given(FAMILIES, st.integers(1, 5), st.integers(12, 60))
+def test_plans_hold_every_sequence_once_within_the_budget(
+    families: list[tuple[int, int, int]], num_ranks: int, budget: int
+) -> None:
+    extents = [Extent((length, which), length, response) for length, which, response in families]
+    found = plan_sequences(extents, budget, num_ranks, SHARED)
+    assert sorted(index for rank in found.plan for part in rank for index in part) == [*range(len(families))]
+    assert len({len(rank) for rank in found.plan}) == 1 and len(found.plan) == num_ranks
+    sequences = [tuple(10 * which + i for i in range(length)) + (99,) * n for length, which, n in families]
+    laid = 0
+    for indices in (part for rank in found.plan for part in rank if part):
+        grid = SHARED.grid([sequences[index] for index in indices], [families[index][0] for index in indices])
+        assert grid.input_ids.numel() <= budget
+        laid += grid.input_ids.numel()
+    assert laid <= found.num_laid == found.num_positions <= sum(extent.length for extent in extents)
 
 
 @pytest.mark.parametrize("is_checkpointed", [False, True])

@@ -136,20 +136,10 @@ class Unit:
     """Positions that they take, a shared prompt once."""
 
 
-def units_of(extents: Sequence[Extent], max_tokens: int, num_ranks: int, layout: Layout) -> list[Unit]:
-    """Group sequences that have a prompt in common, if the layout shares it, into units of at most `max_tokens`.
-
-    Args:
-        num_ranks: groups are divided, the largest first, until there is a unit for each rank.
-    """
+def units_of(extents: Sequence[Extent], max_tokens: int, layout: Layout) -> list[Unit]:
+    """Group sequences that have a prompt in common, if the layout shares it, into units of at most `max_tokens`."""
     if not layout.shares_prompts:
         return [Unit((index,), extent.length) for index, extent in enumerate(extents)]
-
-    def unit(indices: Sequence[int]) -> Unit:
-        lengths = [extents[index].length for index in indices]
-        again = (len(indices) - 1) * shared_length(extents[indices[0]].num_prompt_tokens)
-        return Unit(tuple(indices), sum(lengths) - again)
-
     by_prompt: dict[Hashable, list[int]] = {}
     for index, extent in enumerate(extents):
         by_prompt.setdefault(extent.prompt, []).append(index)
@@ -157,22 +147,23 @@ def units_of(extents: Sequence[Extent], max_tokens: int, num_ranks: int, layout:
     for members in by_prompt.values():
         taken: list[int] = []
         for index in members:
-            if taken and unit([*taken, index]).length > max_tokens:
-                units.append(unit(taken))
+            if taken and _unit([*taken, index], extents).length > max_tokens:
+                units.append(_unit(taken, extents))
                 taken = []
             taken.append(index)
-        units.append(unit(taken))
-    while len(units) < num_ranks and (divisible := [each for each in units if len(each.indices) > 1]):
-        largest = max(divisible, key=lambda each: each.length)
-        middle = len(largest.indices) // 2
-        units.remove(largest)
-        units += [unit(largest.indices[:middle]), unit(largest.indices[middle:])]
+        units.append(_unit(taken, extents))
     return units
+
+
+def _unit(indices: Sequence[int], extents: Sequence[Extent]) -> Unit:
+    """Sequences behind one prompt."""
+    again = (len(indices) - 1) * shared_length(extents[indices[0]].num_prompt_tokens)
+    return Unit(tuple(indices), sum(extents[index].length for index in indices) - again)
 
 
 def batches_of(extents: Sequence[Extent], max_tokens: int, layout: Layout) -> list[tuple[int, ...]]:
     """Indices of sequences by forward pass, of at most `max_tokens` positions or one sequence."""
-    units = units_of(extents, max_tokens, 1, layout)
+    units = units_of(extents, max_tokens, layout)
     return [_members(units, batch) for batch in layout.batches([unit.length for unit in units], max_tokens)]
 
 
@@ -190,12 +181,23 @@ class SequencePlan:
 def plan_sequences(extents: Sequence[Extent], max_tokens: int, num_ranks: int, layout: Layout) -> SequencePlan:
     """Assign sequences to micro-batches and ranks, those with the same prompt together where the layout shares it.
 
+    Groups are divided, the largest first, where a rank would have nothing to do in a pass.
+
     Raises:
         DataError: a sequence is longer than `max_tokens`.
     """
-    units = units_of(extents, max_tokens, num_ranks, layout)
+    units = units_of(extents, max_tokens, layout)
+    plan = plan_micro_batches([unit.length for unit in units], max_tokens, num_ranks, layout)
+    for _ in range(num_ranks - 1):  # so many have nothing at most; a half may end up in the room that a batch has left
+        divisible = [unit for unit in units if len(unit.indices) > 1]
+        if not divisible or all(batch for rank in plan for batch in rank):
+            break
+        largest = max(divisible, key=lambda unit: unit.length)
+        middle = len(largest.indices) // 2
+        units.remove(largest)
+        units += [_unit(half, extents) for half in (largest.indices[:middle], largest.indices[middle:])]
+        plan = plan_micro_batches([unit.length for unit in units], max_tokens, num_ranks, layout)
     lengths = [unit.length for unit in units]
-    plan = plan_micro_batches(lengths, max_tokens, num_ranks, layout)
     members = tuple(tuple(_members(units, batch) for batch in rank) for rank in plan)
     return SequencePlan(members, num_positions(plan, lengths, layout), sum(lengths))
 

@@ -146,7 +146,7 @@ def teacher_metrics(
 
 def _shared_stems(extents: Sequence[Extent], within: int) -> list[int]:
     """Lengths of what sequences begin with and need not compute, since another one among so many tokens has it, too."""
-    units = units_of(extents, within, 1, SharedPrompts()) if within else []
+    units = units_of(extents, within, SharedPrompts()) if within else []
     return [shared_length(extents[index].num_prompt_tokens) for unit in units for index in unit.indices[1:]]
 
 

@@ -268,10 +268,8 @@ def _shared_frac(given: Given) -> float:
     if not learner.shares_prompts:
         return 0.0
     extent = Extent(0, round(work.prompt_tokens), round(work.responses.mean))
-    return (
-        1
-        - len(units_of([extent] * work.samples, learner.max_tokens_per_micro_batch, 1, SharedPrompts())) / work.samples
-    )
+    units = units_of([extent] * work.samples, learner.max_tokens_per_micro_batch, SharedPrompts())
+    return 1 - len(units) / work.samples
 
 
 def learner_passes(given: Given) -> int:
