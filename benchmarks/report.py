@@ -37,7 +37,7 @@ def version_of(package: str) -> str:
 
 
 def git_state() -> str:
-    """Commit of this working tree, and whether files differ from it; empty outside of one."""
+    """Commit of this working tree, and whether files differ from it; says so outside of one, as in a Ray job."""
     here = Path(__file__).parent
     try:
         found = subprocess.run(
@@ -45,7 +45,7 @@ def git_state() -> str:
             cwd=here, capture_output=True, text=True, timeout=30, check=True,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
-        return ""
+        return "no git"
     return found.stdout.strip()
 
 
