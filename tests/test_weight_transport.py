@@ -20,11 +20,12 @@ from trace_rl.workers.weight_sync import ProvenWeightSync, canary_sequences
 from trace_rl.workers.weight_transport import transport_of
 from trace_rl.workers.weight_wire import (
     GlooGroup,
+    ReusedMemory,
     TransferBackend,
     TransferGroup,
     WeightManifest,
     free_address,
-    plan_frames,
+    receive_frames,
 )
 
 pytestmark = pytest.mark.engine
@@ -128,11 +129,8 @@ class Engine:
                 for name, weight in bucket.weights(buffer, manifest):
                     digest.update(name, weight)
             return digest.hexdigest()
-        for frame in plan_frames(manifest, self._bucket_bytes):
-            buffer = torch.empty(frame.nbytes, dtype=torch.uint8)
-            link.broadcast(buffer)
-            for name, weight in frame.weights(buffer, manifest):
-                digest.update(name, weight)
+        for _ in receive_frames(link, manifest, self._bucket_bytes, ReusedMemory(), digest):
+            pass
         return digest.hexdigest()
 
     def score(self, sequences: Sequence[tuple[int, ...]]) -> list[np.ndarray]:

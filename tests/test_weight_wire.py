@@ -10,7 +10,15 @@ from trace_rl.errors import ConfigError
 from trace_rl.workers import weight_digest
 from trace_rl.workers.weight_digest import WeightDigest, device_checksum
 from trace_rl.workers.weight_sender import transfer_backend
-from trace_rl.workers.weight_wire import FRAME_BYTES, ReusedMemory, WeightManifest, plan_buckets, plan_frames
+from trace_rl.workers.weight_wire import (
+    FRAME_BYTES,
+    FRAMES_BYTES,
+    ReusedMemory,
+    WeightManifest,
+    plan_buckets,
+    plan_frames,
+    receive_frames,
+)
 
 
 def test_buckets_are_aligned_bounded_and_in_order() -> None:
@@ -34,6 +42,33 @@ def test_frames_are_buckets_unless_those_are_larger() -> None:
     manifest = WeightManifest(tuple("abcdef"), ((quarter,),) * 6, ("float32",) * 6)
     assert [len(frame.slots) for frame in plan_frames(manifest, FRAME_BYTES // 2)] == [2, 2, 2]
     assert [len(frame.slots) for frame in plan_frames(manifest, 16 * FRAME_BYTES)] == [4, 2]
+
+
+class Sent:
+    """Stands in for a group: notes what was started and what was waited for."""
+
+    def __init__(self) -> None:
+        self.log: list[tuple[str, int]] = []
+
+    def start_broadcast(self, buffer: torch.Tensor) -> int:
+        self.log.append(("start", buffer.numel()))
+        return buffer.numel()
+
+    def finish(self, work: int) -> None:
+        self.log.append(("finish", work))
+
+
+def test_frames_travel_as_many_as_fit_or_two_of_those_that_are_larger() -> None:
+    small, large = FRAMES_BYTES // 4, 2 * FRAMES_BYTES
+    sizes = [small] * 5 + [large] * 3
+    manifest = WeightManifest(tuple("abcdefgh"), tuple((size,) for size in sizes), ("uint8",) * 8)
+    group, memory, digest = Sent(), ReusedMemory(), WeightDigest()
+    names = [name for frame in receive_frames(group, manifest, 1 << 40, memory, digest) for name, _ in frame]
+    assert names == list("abcdefgh")
+    assert [size for what, size in group.log if what == "finish"] == sizes  # the oldest first
+    kinds = "".join({"start": "s", "finish": "f"}[what] for what, _ in group.log)
+    # four small ones fill the way, the fifth takes the place of the first; a large one starts when one is left
+    assert kinds == "ssss" + "fs" + "fff" + "s" + "fsfsff"
 
 
 def test_memory_is_used_again_only_when_nothing_looks_at_it() -> None:

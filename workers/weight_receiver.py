@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,16 +43,18 @@ from trace_rl.workers.weight_wire import (
     TransferBackend,
     TransferGroup,
     WeightManifest,
-    plan_frames,
-    transport_gist,
+    plan_buckets,
+    receive_frames,
 )
 
 WORKER_EXTENSION = f"{__name__}.WeightReceiver"
 
-_FRAMES_AHEAD = 2
+_LOADED_BYTES = 256 << 20
+"""Weights are handed to the model in calls of this size: each walks over the whole model, and some models keep all of
+what they are given until it is complete."""
 
-Bucket = list[tuple[str, Tensor]]
-"""Weights that are loaded together, by name."""
+Piece = list[tuple[str, Tensor]]
+"""Weights that arrive together, by name."""
 
 
 def init_info(backend: TransferBackend, group: TransferGroup, rank_offset: int) -> dict[str, Any]:
@@ -96,17 +99,17 @@ class ManifestUpdateInfo(WeightTransferUpdateInfo):
         return StoredManifest(tuple(self.names), tuple(map(tuple, self.shapes)), tuple(self.dtype_names), self.folder)
 
 
-def ahead(buckets: Iterator[Bucket]) -> Generator[Bucket, None, None]:
-    """The same buckets; while one is loaded, another thread gets the next and its digest."""
+def ahead(pieces: Iterator[Piece]) -> Generator[Piece, None, None]:
+    """The same pieces; while one is loaded, another thread gets the next and its digest."""
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, buckets, None)
-        while (bucket := coming.result()) is not None:
-            coming = pool.submit(next, buckets, None)
-            yield bucket
+        coming = pool.submit(next, pieces, None)
+        while (piece := coming.result()) is not None:
+            coming = pool.submit(next, pieces, None)
+            yield piece
 
 
 class LoadingEngine(WeightTransferEngine[GroupInitInfo, ManifestUpdateInfo]):
-    """Loads weights as they arrive, bucket by bucket; how they arrive is decided by those who inherit from it."""
+    """Loads weights as they arrive, piece by piece; how they arrive is decided by those who inherit from it."""
 
     init_info_cls = GroupInitInfo
     update_info_cls = ManifestUpdateInfo
@@ -116,7 +119,7 @@ class LoadingEngine(WeightTransferEngine[GroupInitInfo, ManifestUpdateInfo]):
         self.received = WeightDigest()
 
     @abstractmethod
-    def arriving(self, manifest: StoredManifest) -> Iterator[Bucket]:
+    def arriving(self, manifest: StoredManifest) -> Iterator[Piece]:
         """Weights in the manifest's order, on any device, taken into `received`; the tensors are not written again."""
 
     @abstractmethod
@@ -137,10 +140,14 @@ class LoadingEngine(WeightTransferEngine[GroupInitInfo, ManifestUpdateInfo]):
 
     def receive_weights(self, update_info: ManifestUpdateInfo) -> None:
         try:
-            with disable_mtp_completeness_check(), closing(ahead(self.arriving(update_info.manifest()))) as buckets:
-                for weights in buckets:
-                    # all of a bucket in one call, each of which walks over the whole model
-                    self.model.load_weights((name, weight.to(self.device)) for name, weight in weights)
+            manifest = update_info.manifest()
+            with disable_mtp_completeness_check(), closing(ahead(self.arriving(manifest))) as pieces:
+                arriving = ((name, weight.to(self.device)) for piece in pieces for name, weight in piece)
+                for bucket in plan_buckets(manifest, _LOADED_BYTES):
+                    weights = islice(arriving, len(bucket.slots))
+                    self.model.load_weights(weights)
+                    deque(weights, maxlen=0)  # what the model has no use for
+                next(arriving, None)  # runs it to its end, where what has arrived is checked
         except BaseException:
             # Layers that wait for the rest of their weights would mix them with those of the next update.
             finalize_layerwise_reload(self.model, self.model_config)
@@ -153,7 +160,7 @@ class LoadingEngine(WeightTransferEngine[GroupInitInfo, ManifestUpdateInfo]):
 
 
 class GlooWeightTransferEngine(LoadingEngine):
-    """Receives weights through the host's memory; the next frames travel while one is loaded."""
+    """Receives weights through the host's memory; others travel while some are loaded."""
 
     _group: GlooGroup | None = None
     _bucket_bytes = 0
@@ -166,29 +173,10 @@ class GlooWeightTransferEngine(LoadingEngine):
         self._bucket_bytes = group.bucket_bytes
         self._group = GlooGroup(group.address, group.port, rank, group.world_size, group.timeout_s)
 
-    def arriving(self, manifest: StoredManifest) -> Iterator[Bucket]:
+    def arriving(self, manifest: StoredManifest) -> Iterator[Piece]:
         if self._group is None:
             raise WeightSyncError("the engine has not joined a transfer group; join one before an update")
-        group = self._group
-        frames = plan_frames(manifest, self._bucket_bytes)
-        travelling: deque[tuple[Tensor, Any]] = deque()
-        asked = iter(frames)
-        for frame in frames:
-            while len(travelling) <= _FRAMES_AHEAD and (following := next(asked, None)) is not None:
-                buffer = self._memory.take(following.nbytes)  # layers keep views of it until they are complete
-                travelling.append((buffer, group.start_broadcast(buffer)))
-            buffer, work = travelling.popleft()
-            try:
-                group.finish(work)
-            except RuntimeError as error:
-                raise WeightSyncError(
-                    f"lost the weight sender while waiting for {manifest.names[frame.slots[0].index]} and what "
-                    f"follows ({transport_gist(error)}); look at the learner's errors"
-                ) from error
-            weights = frame.weights(buffer, manifest)
-            for name, weight in weights:
-                self.received.update(name, weight)
-            yield weights
+        return receive_frames(self._group, manifest, self._bucket_bytes, self._memory, self.received)
 
     def shutdown(self) -> None:
         self._group = None
@@ -202,7 +190,7 @@ class SharingEngine(LoadingEngine):
     def join(self, group: TransferGroup, rank: int) -> None:
         self._reader = BucketReader(group, rank, shared_memory(self.device))
 
-    def arriving(self, manifest: StoredManifest) -> Iterator[Bucket]:
+    def arriving(self, manifest: StoredManifest) -> Iterator[Piece]:
         if self._reader is None:
             raise WeightSyncError("the engine has not joined a transfer group; join one before an update")
         for bucket, buffer in self._reader.buckets(manifest):
@@ -221,7 +209,7 @@ class FileEngine(LoadingEngine):
     def join(self, group: TransferGroup, rank: int) -> None:
         """Nothing: files are not waited for."""
 
-    def arriving(self, manifest: StoredManifest) -> Iterator[Bucket]:
+    def arriving(self, manifest: StoredManifest) -> Iterator[Piece]:
         return read_version(manifest, self.received)
 
     def shutdown(self) -> None:

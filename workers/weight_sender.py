@@ -5,14 +5,13 @@ over everything that was sent. It must not know where the weights come from (Dee
 imported only where the nccl backend is chosen.
 
 Invariants: what travels has the names, order, shapes and dtypes of the manifest; beside the weights it is given, a
-sender through the host's memory holds two frames (`plan_frames`), one that is being filled and one on its way.
+sender through the host's memory holds the frames that travel (`Travelling`) and one that is being filled.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,12 +26,11 @@ from trace_rl.workers.weight_wire import (
     ReusedMemory,
     TransferBackend,
     TransferGroup,
+    Travelling,
     WeightManifest,
     plan_frames,
     transport_gist,
 )
-
-_FRAMES = 2
 
 
 def transfer_backend(settings: Sync, placement: Placement) -> TransferBackend:
@@ -80,32 +78,32 @@ class _GlooLink:
 
     def send(self, manifest: WeightManifest, weights: Iterator[tuple[str, Tensor]], digest: WeightDigest) -> None:
         assert self._group is not None
-        travelling: deque[tuple[Tensor, Any]] = deque()
+        travelling = Travelling(self._group)
         for frame in plan_frames(manifest, self._bucket_bytes):
-            if len(travelling) == _FRAMES:
-                self._finish(travelling.popleft()[1])
+            while not travelling.has_room(frame):
+                _finish(travelling)
             buffer = self._memory.take(frame.nbytes)
             for slot in frame.slots:
                 name, tensor = next(weights)
                 sent = frame.view(slot, buffer, manifest)
                 sent.copy_(tensor)
                 digest.update(name, sent)
-            travelling.append((buffer, self._group.start_broadcast(buffer)))
+            travelling.start(frame, buffer)
         next(weights, None)  # runs the iterable to its end
-        for _, work in travelling:
-            self._finish(work)
-
-    def _finish(self, work: Any) -> None:
-        assert self._group is not None
-        try:
-            self._group.finish(work)
-        except RuntimeError as error:
-            raise WeightSyncError(
-                f"the weight sender lost an engine while sending ({transport_gist(error)}); look at the engines' errors"
-            ) from error
+        while len(travelling):
+            _finish(travelling)
 
     def close(self) -> None:
         self._group = None
+
+
+def _finish(travelling: Travelling) -> None:
+    try:
+        travelling.finish()
+    except RuntimeError as error:
+        raise WeightSyncError(
+            f"the weight sender lost an engine while sending ({transport_gist(error)}); look at the engines' errors"
+        ) from error
 
 
 class _NcclLink:

@@ -11,7 +11,8 @@ import math
 import re
 import socket
 import weakref
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -22,13 +23,16 @@ import torch
 from torch import Tensor
 from torch.distributed import BarrierOptions, BroadcastOptions, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
 
-from trace_rl.errors import first_line
+from trace_rl.errors import WeightSyncError, first_line
+from trace_rl.workers.weight_digest import WeightDigest
 
 TransferBackend = Literal["gloo", "nccl", "ipc", "file"]
 
-FRAME_BYTES = 16 << 20
-"""Weights go through the host's memory in frames of this size, so that one is filled and one loaded while a third
-travels; a bucket that is smaller is one frame."""
+FRAME_BYTES = 4 << 20
+"""Weights go through the host's memory in frames of this size, which stay in a processor's cache, so that some are
+filled and some loaded while others travel; a bucket that is smaller is one frame, and so is a weight that is larger."""
+FRAMES_BYTES = 4 * FRAME_BYTES
+"""As much travels at a time, or two frames."""
 
 _ALIGNMENT = 16
 
@@ -233,6 +237,70 @@ class GlooGroup:
     def told(self, topic: str, num_ranks: int) -> list[str]:
         """What each of the first ranks tells of a topic; waits for it."""
         return [self._store.get(f"{topic}/{rank}").decode() for rank in range(num_ranks)]
+
+
+class Travelling:
+    """Frames on their way through a group, the oldest first: as many as `FRAMES_BYTES` allows, or two."""
+
+    def __init__(self, group: GlooGroup) -> None:
+        self._group = group
+        self._frames: deque[tuple[Bucket, Tensor, Any]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    def has_room(self, frame: Bucket) -> bool:
+        """Whether a frame may start before the oldest has arrived."""
+        return len(self._frames) < 2 or sum(each.nbytes for each, *_ in self._frames) + frame.nbytes <= FRAMES_BYTES
+
+    def start(self, frame: Bucket, buffer: Tensor) -> None:
+        """Send what is in the buffer, or receive into it."""
+        self._frames.append((frame, buffer, self._group.start_broadcast(buffer)))
+
+    def oldest(self) -> Bucket:
+        """The frame that `finish` waits for."""
+        return self._frames[0][0]
+
+    def finish(self) -> Tensor:
+        """Wait for the oldest frame and forget it.
+
+        Returns:
+            Its buffer.
+
+        Raises:
+            RuntimeError: a peer is gone or too late.
+        """
+        _, buffer, work = self._frames[0]
+        self._group.finish(work)
+        self._frames.popleft()
+        return buffer
+
+
+def receive_frames(
+    group: GlooGroup, manifest: WeightManifest, bucket_bytes: int, memory: ReusedMemory, digest: WeightDigest
+) -> Iterator[list[tuple[str, Tensor]]]:
+    """The weights of every frame in order, each taken into the digest before; others travel meanwhile.
+
+    Raises:
+        WeightSyncError: the sender is gone or too late.
+    """
+    waiting, travelling = deque(plan_frames(manifest, bucket_bytes)), Travelling(group)
+    while waiting or len(travelling):
+        while waiting and travelling.has_room(waiting[0]):
+            frame = waiting.popleft()
+            travelling.start(frame, memory.take(frame.nbytes))  # who takes the weights may keep views of it
+        frame = travelling.oldest()
+        try:
+            buffer = travelling.finish()
+        except RuntimeError as error:
+            raise WeightSyncError(
+                f"lost the weight sender while waiting for {manifest.names[frame.slots[0].index]} and what follows "
+                f"({transport_gist(error)}); look at the learner's errors"
+            ) from error
+        weights = frame.weights(buffer, manifest)
+        for name, weight in weights:
+            digest.update(name, weight)
+        yield weights
 
 
 def transport_gist(error: BaseException) -> str:
