@@ -3,7 +3,7 @@
 The loss: the fused head on the GPU in float32 and bfloat16 (the Triton kernels), and in float64 (the torch operations),
 against float64 on the CPU, whose agreement with automatic differentiation the tests show; without routed tokens, with
 one span, and with all tokens routed. The gradients: a small random model over padded and over packed rows, against
-plain torch in float64, one sequence at a time, without any of our losses.
+plain torch in float64, one sequence at a time, without any of our losses; and with a prompt that lies there once.
 
 Errors are relative to the Euclidean norm of what is right.
 """
@@ -20,10 +20,11 @@ import learner_step
 import peers
 import torch
 from gpu_attention import let_pack
-from gpu_cases import Case, Context, Row, Skip, relative_error, within
+from gpu_cases import Case, Context, Row, Skip, Wrong, relative_error, within
 from gpu_models import TINY, random_policy
 from peers import Problem, Shape
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from trace_rl.actions import RowAction
 from trace_rl.divergences import KlClip, Sampled, TopK
@@ -32,7 +33,8 @@ from trace_rl.objective import Objective, RouteLoss, objective_of
 from trace_rl.packing import MicroBatch, pack
 from trace_rl.policy_gradients import Clipped, RolloutCorrection
 from trace_rl.row_actions import Fkl, Jsd, Nll, Rkl
-from trace_rl.token_layout import Packed, Padded
+from trace_rl.token_layout import Layout, Packed, Padded, SharedPrompts
+from trace_rl.workers import shared_attention
 from trace_rl.workers.policy_model import RowModel, is_flash
 
 CLIPS = (
@@ -131,6 +133,10 @@ def _learner_gradients(context: Context, precision: str) -> list[Row]:
     made = random_policy(TINY, torch.float32, torch.device("cpu"), context.seed).to(dtype)
     policy = copy.deepcopy(made).to(context.device)
     let_pack(policy)
+    sharing = copy.deepcopy(made).to(context.device)
+    sharing.set_attn_implementation("sdpa")
+    if reason := shared_attention.prepare(sharing):
+        raise Wrong(f"a random model in the shape of Qwen3 {reason}")
     if precision == "bfloat16" and not (context.is_gpu and is_flash(policy)):
         raise Skip("no attention here tells sequences in a packed row apart in bfloat16 without a mask")
     preset = replace(
@@ -142,12 +148,16 @@ def _learner_gradients(context: Context, precision: str) -> list[Row]:
     right = _flat(learner_step.exact_gradients(made.double(), head.double(), batch))
     rows: list[Row] = []
     objective = objective_of(learner_step.run_config(preset, Path("unused")).algorithm, 1.0)
-    model = RowModel(policy)
-    for name, layout in (("padded", Padded()), ("packed", Packed())):
+    layouts: tuple[tuple[str, Layout, PreTrainedModel], ...] = (
+        ("padded", Padded(), policy),
+        ("packed", Packed(), policy),
+        ("shared", SharedPrompts(), sharing),
+    )
+    for name, layout, each in layouts:
         micro_batch = pack(batch.sequences, layout).to(context.device)
-        error = relative_error(_flat(_gradients(model, micro_batch, objective, head.to(context.device))), right)
-        within(f"the gradient over {name} rows in {precision}", error, bound)
-        rows.append({"layout": name, "attention": policy.config._attn_implementation, "error": error, "allowed": bound})
+        found = _flat(_gradients(RowModel(each), micro_batch, objective, head.to(context.device)))
+        error = within(f"the gradient over {name} rows in {precision}", relative_error(found, right), bound)
+        rows.append({"layout": name, "attention": each.config._attn_implementation, "error": error, "allowed": bound})
     return rows
 
 

@@ -2,13 +2,13 @@
 
 A quarter of the rollouts has a span, which ends anywhere. The full pass runs every rollout through the layers and
 projects every response token to the vocabulary; the other one runs what has spans, as far as they go, and projects
-their tokens. Layers, layouts and positions are those of the teacher's role. FLOPs are those of `trace_rl.flops`.
+their tokens. Eight rollouts have one prompt. Both are read as the teacher's role does it, which computes a prompt once
+where the attention allows, and the last layer for wanted tokens. FLOPs are those of `trace_rl.step_metrics`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import gpu_models
@@ -19,26 +19,16 @@ from gpu_cases import Case, Context, Row
 from gpu_roofs import matmul_roof
 from transformers import PreTrainedModel
 
-from trace_rl.token_layout import Packed, Padded, predicting_positions
-from trace_rl.workers.policy_model import final_hidden, head_weight, is_flash, transformer_shape
+from trace_rl.batch import RolloutKey, TeacherRequest
+from trace_rl.step_metrics import teacher_work
+from trace_rl.workers.policy_model import head_weight, transformer_shape
+from trace_rl.workers.state_reader import StateReader
 
+GROUP = 8
+"""Rollouts of a prompt."""
 COVERAGE = 0.25
 SPAN_TOKENS = 32
 ROWS_PER_PRODUCT = 4096
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What is asked about one rollout."""
-
-    prompt: tuple[int, ...]
-    tokens: tuple[int, ...]
-    """Cut behind the last wanted position."""
-    positions: np.ndarray
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.tokens)
 
 
 def cases(context: Context) -> list[Case]:
@@ -52,13 +42,14 @@ def _passes(context: Context, name: str) -> list[Row]:
     policy = gpu_models.random_policy(preset.config, getattr(torch, preset.dtype), context.device, context.seed).eval()
     shape = transformer_shape(policy, len(head_weight(policy)))
     roof = matmul_roof(context, getattr(torch, preset.dtype))
+    reader = StateReader([policy], preset.max_tokens)
     everything, of_spans = _requests(context, preset.prompt_tokens, preset.response_tokens, shape.vocab)
     rows: list[dict[str, float | str]] = []
     for scored, requests in (("all rollouts, all tokens", everything), ("a quarter, up to its span", of_spans)):
-        flops = sum(shape.forward_flops(each.length, len(each.positions)) for each in requests)
-        seconds = roofs.seconds_of(partial(_score, policy, requests, preset.max_tokens), context.device)
+        tokens, flops = teacher_work(requests, reader.cost(shape.vocab))
+        seconds = roofs.seconds_of(partial(_score, policy, reader, requests), context.device)
         row: dict[str, float | str] = {"scored": scored, "rollouts": len(requests)}
-        row |= {"tokens": sum(each.length for each in requests), "rows": sum(len(each.positions) for each in requests)}
+        row |= {"tokens": tokens, "rows": sum(len(each.positions) for each in requests)}
         rows.append(row | {"seconds": seconds, "flops": flops, "of_matmul_roof_frac": flops / seconds / roof})
     whole = rows[0]
     return [
@@ -69,33 +60,31 @@ def _passes(context: Context, name: str) -> list[Row]:
 
 def _requests(
     context: Context, prompt_tokens: int, response_tokens: int, vocab: int
-) -> tuple[list[Wanted], list[Wanted]]:
-    """Of every rollout all tokens; and of a quarter of them one span."""
+) -> tuple[list[TeacherRequest], list[TeacherRequest]]:
+    """Of every rollout all tokens; and of a quarter of each group one span."""
     random = np.random.default_rng(context.seed)
     everything, of_spans = [], []
-    count = context.of_scale(32, 16, 8)
-    for number in range(count):
-        prompt = tuple(random.integers(0, vocab, prompt_tokens).tolist())
+    prompt: tuple[int, ...] = ()
+    for number in range(context.of_scale(32, 16, 8)):
+        if number % GROUP == 0:
+            prompt = tuple(random.integers(0, vocab, prompt_tokens).tolist())
         time = int(random.integers(response_tokens // 2, 3 * response_tokens // 2 + 1))
         tokens = tuple(random.integers(0, vocab, time).tolist())
-        everything.append(Wanted(prompt, tokens, np.arange(time)))
-        if number < COVERAGE * count:
+        everything.append(_request(number, prompt, tokens, np.arange(time)))
+        if number % GROUP < COVERAGE * GROUP:
             end = int(random.integers(1, time + 1))
-            of_spans.append(Wanted(prompt, tokens[:end], np.arange(max(0, end - SPAN_TOKENS), end)))
+            of_spans.append(_request(number, prompt, tokens[:end], np.arange(max(0, end - SPAN_TOKENS), end)))
     return everything, of_spans
 
 
-def _score(policy: PreTrainedModel, requests: Sequence[Wanted], max_tokens: int) -> None:
+def _request(number: int, prompt: tuple[int, ...], tokens: tuple[int, ...], positions: np.ndarray) -> TeacherRequest:
+    key = RolloutKey(f"prompt {number // GROUP}", number % GROUP)
+    return TeacherRequest(key, 0, prompt, tokens, positions, frozenset({"states"}))
+
+
+def _score(policy: PreTrainedModel, reader: StateReader, requests: Sequence[TeacherRequest]) -> None:
     """States of the wanted rows, and their logits, which are thrown away."""
-    layout = Packed() if is_flash(policy) else Padded()
-    for indices in layout.batches([each.length for each in requests], max_tokens):
-        batch = [requests[index] for index in indices]
-        grid = layout.grid([each.prompt + each.tokens for each in batch])
-        states = final_hidden(policy, grid.to(policy.device)).flatten(0, 1)
-        wanted = [
-            start + predicting_positions(len(each.prompt), each.positions)
-            for start, each in zip(grid.starts, batch, strict=True)
-        ]
-        rows = states[torch.from_numpy(np.concatenate(wanted)).to(policy.device)]
-        for part in rows.split(ROWS_PER_PRODUCT):
-            _ = part @ head_weight(policy).T
+    for indices in reader.batches(requests):
+        for (states,) in reader.read([requests[index] for index in indices]):
+            for part in states.split(ROWS_PER_PRODUCT):
+                _ = part @ head_weight(policy).T

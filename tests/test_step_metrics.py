@@ -128,6 +128,14 @@ def test_teacher_metrics_by_hand() -> None:
     assert (apart["teacher/forward_tokens"], together["teacher/forward_tokens"]) == (15, 12)
     two_calls = teacher_metrics(routed, [[each] for each in twice], rows, 1, cost)
     assert two_calls["teacher/forward_tokens"] == 15  # a call shares nothing with another one
+    # with 3 parameters that only read tokens go through 2 x 3 of each of 10 that are not read, of 14, is left out
+    spared = TeacherCost((replace(shape, num_read_parameters=3),))
+    found = teacher_metrics(routed, [requests], rows, 1, spared)
+    assert found["teacher/flops_saved_frac"] == pytest.approx(1 - (416 - 60) / 1488)
+    # of 12 tokens of the two with one prompt 8 are not read
+    spared = TeacherCost(spared.shapes, shared_within=100)
+    found = teacher_metrics(routed, [twice], rows, 1, spared)
+    assert found["teacher/flops_saved_frac"] == pytest.approx(1 - (456 - 48 - 48) / 1528)
     # two equal models do twice the work on both sides; a second view that was not asked makes F of student prompts
     assert teacher_metrics(routed, [requests], rows, 1, TeacherCost((shape, shape))) == teacher_metrics(
         routed, [requests], rows, 1, TeacherCost((shape,))

@@ -22,6 +22,8 @@ class TransformerShape:
     """Entries of the state that the output head reads."""
     vocab: int
     """Rows of the output head."""
+    num_read_parameters: int = 0
+    """Of the layers', those of the last one that only tokens whose states are read go through; 0 where all do."""
 
     def forward_flops(self, length: float, num_head_rows: float) -> float:
         """Operations of one sequence through the layers, and of some of its states through the output head.
@@ -37,6 +39,10 @@ class TransformerShape:
         attention = 2 * self.num_layers * self.attention_width * length**2
         head = 2 * self.hidden * self.vocab * num_head_rows
         return layers + attention + head
+
+    def spared_flops(self, num_unread: float) -> float:
+        """Operations in `forward_flops` that the last layer does not do for tokens whose states nobody reads."""
+        return 2 * self.num_read_parameters * num_unread
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,8 @@ def teacher_metrics(
     states run on the learner, those of log-probs and entropies on the teacher. Where a rollout was not sent, its
     privileged prompt was never made and the student's is counted for it, so the share is rather too small. Padding,
     and what ranked routes project again on the learner to choose their tokens, is left out. Of a prompt that is
-    computed once for several requests of a batch all but the last token counts once among these.
+    computed once for several requests of a batch all but the last token counts once among these. What the last layer
+    spares tokens that are not read (`TransformerShape.spared_flops`) is spared here, not in the pass over everything.
 
     Args:
         routed: the rollouts that are trained on, when the requests were made of them.
@@ -122,14 +123,7 @@ def teacher_metrics(
         return {}
     requests = [request for call in calls for request in call]
     prompts = {(request.key, request.view): len(request.teacher_prompt_token_ids) for request in requests}
-    tokens = [len(request.teacher_prompt_token_ids) + len(request.token_ids) for request in requests]
-    called = [[Extent.of(each.teacher_prompt_token_ids, each.token_ids) for each in call] for call in calls]
-    again = [length for extents in called for length in _shared_stems(extents, cost.shared_within)]
-    rows_read = [len(request.positions) for request in requests]
-    spent = sum(
-        sum(map(shape.forward_flops, tokens, rows_read)) - sum(shape.forward_flops(length, 0) for length in again)
-        for shape in cost.shapes
-    )
+    work = [teacher_work(call, cost) for call in calls]
     in_full = sum(
         shape.forward_flops(prompt + item.member.length, item.member.length)
         for view in range(num_views)
@@ -138,10 +132,26 @@ def teacher_metrics(
         for shape in cost.shapes
     )
     return {
-        "teacher/flops_saved_frac": 1 - spent / in_full if requests else 1.0,
-        "teacher/forward_tokens": float(sum(tokens) - sum(again)),
+        "teacher/flops_saved_frac": 1 - sum(flops for _, flops in work) / in_full if requests else 1.0,
+        "teacher/forward_tokens": float(sum(tokens for tokens, _ in work)),
         "teacher/state_bytes": float(sum(item.hidden.nbytes for item in rows)),
     }
+
+
+def teacher_work(call: Sequence[TeacherRequest], cost: TeacherCost) -> tuple[int, float]:
+    """(tokens, floating point operations) of requests that a teacher is given together."""
+    lengths = [len(each.teacher_prompt_token_ids) + len(each.token_ids) for each in call]
+    extents = [Extent.of(each.teacher_prompt_token_ids, each.token_ids) for each in call]
+    again = _shared_stems(extents, cost.shared_within)
+    rows = [len(each.positions) for each in call]
+    num_tokens = sum(lengths) - sum(again)
+    flops = sum(
+        sum(map(shape.forward_flops, lengths, rows))
+        - sum(shape.forward_flops(length, 0) for length in again)
+        - shape.spared_flops(num_tokens - sum(rows))
+        for shape in cost.shapes
+    )
+    return num_tokens, flops
 
 
 def _shared_stems(extents: Sequence[Extent], within: int) -> list[int]:

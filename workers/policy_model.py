@@ -30,7 +30,8 @@ from trace_rl.token_layout import Layout, Packed, Padded, SharedPrompts, TokenGr
 Result = TypeVar("Result")
 
 _PROBE_TOKENS = 4
-_HEAD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+"""By which two ways to compute the same of a model may differ when it is loaded, relative to its size."""
 
 
 def load_policy(model: Model, device: torch.device, setting: str = "model.path") -> PreTrainedModel:
@@ -116,7 +117,7 @@ def check_head(policy: PreTrainedModel, name: str, setting: str = "model.path") 
     policy.train(was_training)
     gap = (actual - rebuilt).abs().max().item()
     scale = max(1.0, actual.abs().max().item())
-    if not gap <= _HEAD_TOLERANCE[head.weight.dtype] * scale:
+    if not gap <= TOLERANCE[head.weight.dtype] * scale:
         raise ModelError(
             f"{setting}: the logits of {name!r} differ by {gap:.3g} from hidden @ head.T (soft-capping, scaling or a "
             "bias of the head, or weights that are not finite); choose a model with a plain linear head"

@@ -24,12 +24,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from trace_rl.errors import ModelError
 from trace_rl.token_layout import Layout, Packed, Padded, SharedPrompts, SharedReads
-from trace_rl.workers.policy_model import final_hidden, is_flash
+from trace_rl.workers.policy_model import TOLERANCE, final_hidden, is_flash
 
 logger = logging.getLogger(__name__)
 
 NAME = "trace_shared_prompts"
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 _PROMPT = (1, 2, 3)
 _SEQUENCES = tuple(_PROMPT + response for response in ((4, 5), (6,), (7, 8, 9)))
 
@@ -85,7 +84,7 @@ def _difference(policy: PreTrainedModel, alone: Sequence[Float[Tensor, "time hid
     for start, expected in zip(grid.starts, alone, strict=True):
         found = row[start + begin : start + len(expected)].float()
         gap = ((found - expected[begin:].float()).norm(dim=-1) / expected[begin:].float().norm(dim=-1)).max().item()
-        if not gap <= _TOLERANCE[expected.dtype]:
+        if not gap <= TOLERANCE[expected.dtype]:
             return (
                 f"computes states that are off by {gap:.3g} of themselves where a prompt is shared: its attention is "
                 "not looked up in transformers' AttentionInterface, or needs more than queries, keys and values"

@@ -13,14 +13,14 @@ Invariants:
 * The state of a resumed teacher equals that of the uninterrupted one: what depends on earlier steps is saved, all else
   is made again from the start weights and the policy.
 
-Rollouts without routed tokens are never sent, sequences end behind their last wanted token, and a prompt that several
-of a batch have is computed once where the attention allows (`trace_rl.workers.shared_attention`).
+Rollouts without routed tokens are never sent, and sequences end behind their last wanted token; what else is left out
+is decided by `trace_rl.workers.state_reader`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -38,17 +38,16 @@ from trace_rl.config.teacher import Teacher as TeacherSettings
 from trace_rl.config.teacher import TeacherWeights
 from trace_rl.errors import CheckpointError, DeadlineError, ModelError, TraceError, WorkerError
 from trace_rl.flops import TeacherCost
-from trace_rl.packing import Extent, batches_of
 from trace_rl.protocols import StoredFile
 from trace_rl.reply_checks import rows_fault
 from trace_rl.states import states_array
-from trace_rl.token_layout import predicting_positions
-from trace_rl.workers import life, shared_attention
+from trace_rl.workers import life
 from trace_rl.workers.checkpoint_files import seal
 from trace_rl.workers.idle import IdleMeter
 from trace_rl.workers.life import new_life
-from trace_rl.workers.policy_model import final_hidden, head_weight, load_policy, transformer_shape
+from trace_rl.workers.policy_model import head_weight, load_policy
 from trace_rl.workers.revival import RestartedError, life_of
+from trace_rl.workers.state_reader import StateReader
 from trace_rl.workers.waiting import wait_for
 
 Result = TypeVar("Result")
@@ -87,14 +86,13 @@ class TeacherModel:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._weights = settings.weights
         self._vocab_size = vocab_size
-        self._max_tokens = settings.max_tokens_per_batch
         self._is_rounded = settings.states == "bfloat16"
         start = model.model_copy(update={"path": settings.weights.start_path(model.path)})
         setting = "model.path" if start.path == model.path else "teacher.weights.path"
         self._models = [
             load_policy(start, self._device, setting).eval().requires_grad_(False) for _ in settings.weights.shares()
         ]
-        self._layout = shared_attention.layout_for_reading(self._models)
+        self._reader = StateReader(self._models, settings.max_tokens_per_batch)
         found = len(head_weight(self._models[0]))
         if found < vocab_size:
             raise ModelError(
@@ -125,15 +123,15 @@ class TeacherModel:
 
     def cost(self) -> TeacherCost:
         """Of a request, with the part of the head that is used."""
-        shapes = [transformer_shape(model, self._vocab_size) for model in self._models]
-        return TeacherCost(tuple(shapes), self._max_tokens if self._layout.shares_prompts else 0)
+        return self._reader.cost(self._vocab_size)
 
     def score(self, requests: Sequence[TeacherRequest]) -> list[TeacherRows]:
         """One forward per model and batch; returns rows in the order of the requests."""
-        extents = [Extent.of(request.teacher_prompt_token_ids, request.token_ids) for request in requests]
         rows: dict[int, TeacherRows] = {}
-        for indices in batches_of(extents, self._max_tokens, self._layout):
-            rows |= dict(zip(indices, self._score_batch([requests[index] for index in indices]), strict=True))
+        for indices in self._reader.batches(requests):
+            batch = [requests[index] for index in indices]
+            for index, request, states in zip(indices, batch, self._reader.read(batch), strict=True):
+                rows[index] = self._rows(request, states)
         return [rows[index] for index in range(len(requests))]
 
     def load_bucket(self, bucket: dict[str, Tensor], rate: float) -> None:
@@ -201,17 +199,6 @@ class TeacherModel:
         return own.keys() == state.keys() and all(torch.equal(own[name].cpu(), state[name]) for name in own)
 
     @torch.no_grad()
-    def _score_batch(self, batch: Sequence[TeacherRequest]) -> Iterator[TeacherRows]:
-        grid = self._layout.grid(
-            [request.teacher_prompt_token_ids + request.token_ids for request in batch],
-            [len(request.teacher_prompt_token_ids) for request in batch],
-        )
-        hidden = [final_hidden(model, grid.to(self._device)).flatten(0, 1) for model in self._models]
-        for start, request in zip(grid.starts, batch, strict=True):
-            predicting = predicting_positions(len(request.teacher_prompt_token_ids), request.positions)
-            rows = torch.from_numpy(start + predicting).to(self._device)
-            yield self._rows(request, [states[rows] for states in hidden])
-
     def _rows(self, request: TeacherRequest, states: Sequence[Float[Tensor, "row _"]]) -> TeacherRows:
         """What the request asks for, from the states of each model; the rest has no rows."""
         scaled = [share * each for share, each in zip(self._weights.shares(), states, strict=True)]
