@@ -43,9 +43,9 @@ class Verdict:
 def relative_times(seconds: Sequence[Mapping[str, float]], yardstick_s: float) -> dict[str, float]:
     """Of one run: stage -> its time over that of the other stages of a step; the step's in yardsticks.
 
-    Geometric means over the steps, of which the slowest and the fastest sixth are left out: in runs of the demo they
-    differ less from run to run than medians do (by 5.5 and 7.5 % for twelve steps), and a step that the machine was
-    busy with something else moves them no more.
+    Geometric means over the steps, of which the slowest and the fastest sixth are left out: a step in which the machine
+    was busy with something else does not count, and they differ less from run to run than medians do (in seven runs of
+    the demo by 5.5 and 7.5 % for twelve steps).
     """
     stages = [name for name in seconds[0] if name != STEP]
     found = {}
@@ -74,7 +74,7 @@ def compare(baseline: Sequence[Mapping[str, float]], present: Sequence[Mapping[s
             continue
         before, now = ([math.log(run[stage]) for run in runs] for runs in (baseline, present))
         error = _spread([before, now]) * math.sqrt(1 / len(before) + 1 / len(now))
-        ratio = math.exp(statistics.median(now) - statistics.median(before))
+        ratio = math.exp(statistics.mean(now) - statistics.mean(before))
         found.append(Verdict(stage, ratio, max(LEAST, math.expm1(STANDARD_ERRORS * error))))
     return sorted(found, key=lambda verdict: -verdict.ratio)
 

@@ -80,7 +80,7 @@ def _stop_and_continue(found: list[psutil.Process], slowdown: float, over: threa
             _signal(process, signal.SIGSTOP)
         now = time.monotonic()
         ran, since = ran + now - since, now
-        time.sleep(max(0.0, ran * (slowdown - 1) - stopped))  # what waits took too long is owed
+        time.sleep(max(0.0, ran * (slowdown - 1) - stopped))  # a wait that took too long is owed
         for process in caught:
             _signal(process, signal.SIGCONT)
         now = time.monotonic()
