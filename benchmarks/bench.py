@@ -67,7 +67,7 @@ class Profile:
 
 
 PROFILES: Mapping[str, Profile] = {
-    "smoke": Profile((DEMO,), steps=10, runs=4),
+    "smoke": Profile((DEMO,), steps=8, runs=4),
     "node": Profile((HERE / "node.yaml",), steps=8, runs=2),
     "cluster": Profile((HERE / "cluster.yaml",), steps=8, runs=2, settings=("placement.ray_address=auto",)),
 }
