@@ -25,6 +25,8 @@ import gpu_roofs  # noqa: E402
 import typer  # noqa: E402
 from gpu_cases import Context  # noqa: E402
 
+from trace_rl.workers import shared_attention  # noqa: E402
+
 HOST_COPIES = {f"{way}, {kind}" for way in ("host to GPU", "GPU to host") for kind in ("pinned", "pageable")}
 NO_GPU = {
     "roofs": {"matmul tf32", *HOST_COPIES},
@@ -70,7 +72,7 @@ def test_the_loss_and_the_gradients_agree_with_float64() -> None:
     }  # fmt: skip
     # 24 tokens, of which none, one span of 8, or all are routed
     assert [row["routed_tokens"] for row in done["head loss, float32"]] == [0, 8, 24]
-    assert [row["layout"] for row in done["learner gradients, float32"]] == ["padded", "packed"]
+    assert [row["layout"] for row in done["learner gradients, float32"]] == ["padded", "packed", "shared"]
     (skipped,) = (each for each in found if each["status"] == "skipped")
     assert skipped["case"] == "learner gradients, bfloat16" and "no attention here tells" in skipped["why"]
 
@@ -94,8 +96,12 @@ def test_a_wrong_gradient_of_the_head_loss_fails(monkeypatch: pytest.MonkeyPatch
 
 def test_sequences_that_see_each_other_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     found = packed_gradients(monkeypatch, is_apart=True)
-    assert found["status"] == "done" and [row["layout"] for row in found["rows"]] == ["padded", "packed"]
-    assert {row["attention"] for row in found["rows"]} == {gpu_attention.TORCH_VARLEN}
+    assert found["status"] == "done"
+    assert [(row["layout"], row["attention"]) for row in found["rows"]] == [
+        ("padded", gpu_attention.TORCH_VARLEN),
+        ("packed", gpu_attention.TORCH_VARLEN),
+        ("shared", shared_attention.NAME),
+    ]
     found = packed_gradients(monkeypatch, is_apart=False)
     assert found["status"] == "failed" and found["why"].startswith("the gradient over packed rows in float32 is off by")
 

@@ -364,10 +364,13 @@ def test_folders_of_older_versions_are_read_too(tmp_path: Path) -> None:
     assert found.prompts.ledger == "missing"
 
 
-def test_the_command_finds_a_folder_that_has_another_name_and_belongs_to_another_place(tmp_path: Path) -> None:
-    started_in, asked_in = tmp_path / "started in", tmp_path / "asked"
-    for folder in (started_in, asked_in):
+def test_the_command_finds_a_folder_that_has_another_name_and_belongs_to_another_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_in, started_in, asked_in = tmp_path / "made", tmp_path / "started in", tmp_path / "asked"
+    for folder in (made_in, started_in, asked_in):
         folder.mkdir()
+    monkeypatch.chdir(made_in)
     run = MadeRun(tmp_path, run={"folder": "runs/{name}"})
     moved = started_in / "runs" / "demo-2: {x}"
     with run.driver():
