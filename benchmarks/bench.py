@@ -167,6 +167,7 @@ def summary(runs: Sequence[Run], config: RunConfig, roofs: Roofs) -> dict[str, A
         "peak_gib": bench_stages.memory(records),
         "roofs": roofs.model_dump(),
         "shares": {modelled: of_roof[name] for name, modelled in MODELLED.items() if of_roof.get(name)},
+        "statistic": bench_compare.STATISTIC,
         "relative": [bench_compare.relative_times(run.seconds, run.yardstick_s) for run in runs],
     }
 
@@ -232,6 +233,11 @@ def main(
         configs = list(chosen.configs)
         settings.append(f"{HOLD}={num_steps + WARM_UP_STEPS}")
     baseline = json.loads(compare.read_text(encoding="utf-8")) if compare else None
+    if baseline is not None and baseline.get("statistic") != bench_compare.STATISTIC:
+        raise typer.BadParameter(
+            f"{compare} holds {baseline.get('statistic', 'medians')}, which cannot be compared with "
+            f"{bench_compare.STATISTIC}; measure that baseline again"
+        )
     config = load_config(configs, settings)
     roofs, link = measured_roofs(config)
     found = [run_once(configs, settings, shared, roofs) for _ in range(num_runs)]

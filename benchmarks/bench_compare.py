@@ -19,6 +19,8 @@ from scipy.stats import trim_mean
 LEAST = 0.15
 """Smaller differences are never told."""
 STANDARD_ERRORS = 3.0
+STATISTIC = "geometric means without a sixth of the steps at either end"
+"""What `relative_times` are; those of another kind cannot be compared."""
 TRIMMED = 1 / 6
 """Share of the steps of a run at either end that is left out."""
 MIN_SHARE = 0.02
@@ -43,7 +45,7 @@ class Verdict:
 def relative_times(seconds: Sequence[Mapping[str, float]], yardstick_s: float) -> dict[str, float]:
     """Of one run: stage -> its time over that of the other stages of a step; the step's in yardsticks.
 
-    Geometric means over the steps, of which the slowest and the fastest sixth are left out: a step in which the machine
+    Geometric means over the steps, without a sixth of them (rounded down) at either end: a step in which the machine
     was busy with something else does not count, and they differ less from run to run than medians do (in seven runs of
     the demo by 5.5 and 7.5 % for twelve steps).
     """

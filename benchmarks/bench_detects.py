@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -98,7 +99,7 @@ def _processes(above: int, title: str) -> list[psutil.Process]:
 
 
 def _signal(process: psutil.Process, number: signal.Signals) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):  # which also guards against an id that was given anew
+    with contextlib.suppress(psutil.Error):  # it has ended; psutil also guards against an id that was given anew
         process.send_signal(number)
 
 
@@ -164,4 +165,5 @@ def main(
 
 if __name__ == "__main__":
     environment.apply()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing stays stopped
     typer.run(main)

@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from trace_rl.token_layout import Padded, TokenGrid
+from trace_rl.token_layout import Padded, SharedPrompts, TokenGrid
+from trace_rl.workers import shared_attention
 from trace_rl.workers.last_layer import LastLayer
 from trace_rl.workers.policy_model import final_hidden
 
@@ -23,7 +24,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
-PROBE = Padded().grid([(1, 2, 3, 4)])
+PROBE = Padded().grid([(1, 2, 3, 4), (1, 2, 5)])
 GRID = Padded().grid([tuple(range(9)), (5, 3, 1), (7, 7, 7, 7, 7)])
 ROWS = torch.tensor([3, 8, 10, 11, 22])  # of 3 x 9; the second sequence ends at 11, the third at 22
 
@@ -58,6 +59,29 @@ def test_what_is_read_is_the_same_and_the_rest_is_not_computed(policy: PreTraine
     assert last_layer.num_parameters == 2 * 32 * 64 + 3 * 32 * 80
     spared_flops = 2 * last_layer.num_parameters * (27 - len(ROWS))
     assert whole.get_total_flops() - spared.get_total_flops() == spared_flops
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("attention", ["sdpa", shared_attention.NAME])
+def test_a_teachers_layouts_read_the_same(policy: PreTrainedModel, attention: str, dtype: torch.dtype) -> None:
+    policy.to(dtype)
+    if attention == shared_attention.NAME:
+        assert not shared_attention.prepare(policy)
+    layout = SharedPrompts() if attention == shared_attention.NAME else Padded()
+    sequences, prompts = [(1, 2, 3, 4, 5), (1, 2, 3, 9), (7, 8, 9, 1, 2, 3, 4)], [3, 3, 2]
+    grid = layout.grid(sequences, prompts)
+    rows = torch.tensor([grid.starts[0] + 2, grid.starts[1] + 3, grid.starts[2] + 4])
+    expected = states(policy, grid)[rows]
+    last_layer = LastLayer(policy, partial(final_hidden, policy), layout.grid(sequences[:2], prompts[:2]))
+    assert last_layer.num_parameters > 0
+    with last_layer.reading(rows):
+        found = states(policy, grid)[rows]
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_layer_with_a_convolution_is_left_whole(policy: PreTrainedModel) -> None:
+    policy.get_decoder().layers[-1].convolution = nn.Conv1d(1, 1, 2)
+    assert prepared(policy).num_parameters == 0
 
 
 class Mixing(nn.Module):

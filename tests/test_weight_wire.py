@@ -71,6 +71,20 @@ def test_frames_travel_as_many_as_fit_or_two_of_those_that_are_larger() -> None:
     assert kinds == "ssss" + "fs" + "fff" + "s" + "fsfsff"
 
 
+def test_a_small_frame_keeps_no_large_one_waiting() -> None:
+    sizes = [2 * FRAMES_BYTES, 100] * 3
+    manifest = WeightManifest(tuple("abcdef"), tuple((size,) for size in sizes), ("uint8",) * 6)
+    group = Sent()
+    assert len(list(receive_frames(group, manifest, 1 << 40, ReusedMemory(), WeightDigest()))) == 6
+    at_once, most = 0, 0
+    for what, size in group.log:
+        at_once += (1 if what == "start" else -1) * (size > 100)
+        most = max(most, at_once)
+    kinds = "".join({"start": "s", "finish": "f"}[what] for what, _ in group.log)
+    # L s L travel; the first L leaves room for s and L, and the second, behind the first s, for the last s
+    assert most == 2 and kinds == "sss" + "f" + "ss" + "ff" + "s" + "fff"
+
+
 def test_memory_is_used_again_only_when_nothing_looks_at_it() -> None:
     memory = ReusedMemory()
     first, second = memory.take(100), memory.take(60)

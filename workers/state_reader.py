@@ -24,7 +24,7 @@ from trace_rl.workers import shared_attention
 from trace_rl.workers.last_layer import LastLayer
 from trace_rl.workers.policy_model import final_hidden, transformer_shape
 
-_PROBE = (1, 2, 3, 4)
+_PROBE, _PROBE_PROMPT = ((1, 2, 3, 4, 5, 6, 7), (1, 2, 3, 8)), 3
 
 
 class StateReader:
@@ -39,7 +39,7 @@ class StateReader:
         self._models = models
         self._max_tokens = max_tokens
         self._layout = shared_attention.layout_for_reading(models)
-        probe = self._layout.grid([_PROBE], [1]).to(models[0].device)
+        probe = self._layout.grid(_PROBE, [_PROBE_PROMPT] * len(_PROBE)).to(models[0].device)
         self._last_layers = [LastLayer(model, partial(final_hidden, model), probe) for model in models]
 
     def cost(self, vocab_size: int) -> TeacherCost:

@@ -33,6 +33,8 @@ FRAME_BYTES = 4 << 20
 filled and some loaded while others travel; a bucket that is smaller is one frame, and so is a weight that is larger."""
 FRAMES_BYTES = 4 * FRAME_BYTES
 """As much travels at a time, or two frames."""
+_SMALL_BYTES = FRAME_BYTES // 4
+"""A smaller frame keeps nobody busy: norms stand alone between weights that are larger than a frame."""
 
 _ALIGNMENT = 16
 
@@ -240,7 +242,9 @@ class GlooGroup:
 
 
 class Travelling:
-    """Frames on their way through a group, the oldest first: as many as `FRAMES_BYTES` allows, or two."""
+    """Frames on their way through a group, the oldest first: as many as `FRAMES_BYTES` allows, or two
+    and what is small between them.
+    """
 
     def __init__(self, group: GlooGroup) -> None:
         self._group = group
@@ -251,7 +255,8 @@ class Travelling:
 
     def has_room(self, frame: Bucket) -> bool:
         """Whether a frame may start before the oldest has arrived."""
-        return len(self._frames) < 2 or sum(each.nbytes for each, *_ in self._frames) + frame.nbytes <= FRAMES_BYTES
+        sizes = [each.nbytes for each, *_ in self._frames]
+        return sum(size >= _SMALL_BYTES for size in sizes) < 2 or sum(sizes) + frame.nbytes <= FRAMES_BYTES
 
     def start(self, frame: Bucket, buffer: Tensor) -> None:
         """Send what is in the buffer, or receive into it."""

@@ -20,7 +20,7 @@ from trace_rl.workers.weight_sender import transfer_backend
 from trace_rl.workers.weight_wire import plan_buckets, plan_frames
 
 _HELD = {"gloo": 3, "nccl": 2, "ipc": 2, "file": 1}
-"""Buckets that the sender holds at a time, by transport: one is filled while another travels."""
+"""Buckets that the sender holds at a time, by transport: one is filled while others travel."""
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,8 @@ class Shares(Section):
     """Of products, those of recomputation counted: with gradient checkpointing 0.4 is an MFU of about 0.3. Published
     RL trainers of dense models are at MFUs of 0.11 to 0.37 (prime-rl, benchmarks/results/BENCHMARKS.md)."""
     sync: float = Field(0.25, gt=0)
-    """Of the link. A transfer with loading took four to five times a plain broadcast in benchmarks/results/weight_sync.md."""
+    """Of the link. With loading a transfer took four to five times a plain broadcast on CPUs, where vLLM packs weights
+    (benchmarks/results/weight_sync.md)."""
 
 
 class Fixed(Section):
