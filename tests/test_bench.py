@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 
 from trace_rl.launch.plan.cost import StepCost
 from trace_rl.launch.plan.hardware import Roofs, measured
@@ -146,3 +147,10 @@ def test_the_report_names_what_it_belongs_to_and_how_far_the_roof_is(tmp_path: P
     file = tmp_path / "bench_smoke.json"
     file.write_text(json.dumps(report))
     assert measured(file).roofs == ROOFS  # trace-rl plan --roofs reads it
+
+
+def test_a_baseline_of_another_kind_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    baseline = tmp_path / "bench_smoke.json"
+    baseline.write_text(json.dumps({"relative": [{"step": 1.0}]}))
+    with pytest.raises(typer.BadParameter, match="measure that baseline again"):
+        bench.main("smoke", compare=baseline)
