@@ -441,9 +441,11 @@ def states_of(model, prompt, response):
 def test_states_are_shipped_as_they_were_computed(model_folder, weights, dtype, size):
     teacher = make_teacher(model_folder, weights, dtype)
     model = Qwen3ForCausalLM.from_pretrained(model_folder, dtype=getattr(torch, dtype)).eval()
-    (rows,) = teacher.score([request(0, PROMPT, RESPONSE, [0, 2, 4])])
+    asked = request(0, PROMPT, RESPONSE, [0, 2, 4])
+    (rows,), ((computed,),) = teacher.score([asked]), teacher._reader.read([asked])
     found = states_tensor(rows.hidden)
     assert found.dtype == getattr(torch, dtype)
+    assert torch.equal(found, computed)
     torch.testing.assert_close(found, states_of(model, PROMPT, RESPONSE)[[0, 2, 4]])  # other sizes, other rounding
     assert rows.hidden.nbytes == 3 * 64 * size
 

@@ -140,8 +140,8 @@ def teacher_metrics(
 
 def teacher_work(call: Sequence[TeacherRequest], cost: TeacherCost) -> tuple[int, float]:
     """(tokens, floating point operations) of requests that a teacher is given together."""
-    lengths = [len(each.teacher_prompt_token_ids) + len(each.token_ids) for each in call]
     extents = [Extent.of(each.teacher_prompt_token_ids, each.token_ids) for each in call]
+    lengths = [extent.length for extent in extents]
     again = _shared_stems(extents, cost.shared_within)
     rows = [len(each.positions) for each in call]
     num_tokens = sum(lengths) - sum(again)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trace_rl.token_layout import TokenGrid
-from trace_rl.workers.policy_model import TOLERANCE
+from trace_rl.workers.policy_model import TOLERANCE, states_gap
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +88,7 @@ class LastLayer:
                 found = states(probe).flatten(0, 1)[rows]
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             return f"cannot be computed for some tokens alone ({error})"
-        gaps = (found - expected[rows]).float().norm(dim=-1) / expected[rows].float().norm(dim=-1)
-        gap = gaps.max().item()
+        gap = states_gap(found, expected[rows])
         return "" if gap <= TOLERANCE[expected.dtype] else f"is off by {gap:.3g} of its states where some are left out"
 
 

@@ -34,6 +34,11 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """By which two ways to compute the same of a model may differ when it is loaded, relative to its size."""
 
 
+def states_gap(found: Float[Tensor, "row hidden"], expected: Float[Tensor, "row hidden"]) -> float:
+    """The largest difference of two states of the same token, relative to the size of what is expected."""
+    return float(((found - expected).float().norm(dim=-1) / expected.float().norm(dim=-1)).max())
+
+
 def load_policy(model: Model, device: torch.device, setting: str = "model.path") -> PreTrainedModel:
     """Load a causal LM in the configured precision, without dropout.
 

@@ -24,7 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from trace_rl.errors import ModelError
 from trace_rl.token_layout import Layout, Packed, Padded, SharedPrompts, SharedReads
-from trace_rl.workers.policy_model import TOLERANCE, final_hidden, is_flash
+from trace_rl.workers.policy_model import TOLERANCE, final_hidden, is_flash, states_gap
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +82,7 @@ def _difference(policy: PreTrainedModel, alone: Sequence[Float[Tensor, "time hid
     grid = SharedPrompts().grid(_SEQUENCES, [len(_PROMPT)] * len(_SEQUENCES)).to(policy.device)
     row, begin = final_hidden(policy, grid)[0], len(_PROMPT) - 1
     for start, expected in zip(grid.starts, alone, strict=True):
-        found = row[start + begin : start + len(expected)].float()
-        gap = ((found - expected[begin:].float()).norm(dim=-1) / expected[begin:].float().norm(dim=-1)).max().item()
+        gap = states_gap(row[start + begin : start + len(expected)].float(), expected[begin:].float())
         if not gap <= TOLERANCE[expected.dtype]:
             return (
                 f"computes states that are off by {gap:.3g} of themselves where a prompt is shared: its attention is "

@@ -242,9 +242,7 @@ class GlooGroup:
 
 
 class Travelling:
-    """Frames on their way through a group, the oldest first: as many as `FRAMES_BYTES` allows, or two
-    and what is small between them.
-    """
+    """Frames on their way through a group, the oldest first: as many as `FRAMES_BYTES` allows, or two large ones."""
 
     def __init__(self, group: GlooGroup) -> None:
         self._group = group
